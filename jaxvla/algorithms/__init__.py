@@ -1,0 +1,5 @@
+"""Algorithms by name."""
+
+from jaxvla.registry import Registry
+
+ALGORITHMS = Registry("algorithm", {"ppo": "jaxvla.algorithms.ppo:PPO"})

@@ -1,0 +1,1 @@
+"""Demonstrations and statistics of data sets."""

@@ -1,0 +1,11 @@
+"""Environments by name."""
+
+from jaxvla.registry import Registry
+
+ENVS = Registry(
+    "env",
+    {
+        "tabletop": "jaxvla.envs.tabletop:Tabletop",
+        "libero_host": "jaxvla.envs.libero_host:LiberoHost",
+    },
+)

@@ -1,0 +1,61 @@
+"""The environment protocols.
+
+A device env is a set of pure functions of one world; the env group vmaps and jits them.
+A host env runs simulators in worker processes; see `jaxvla.envs.libero_host`.
+"""
+
+from typing import Protocol, runtime_checkable
+
+import flax.struct
+import jax
+
+from jaxvla.types import EnvObservation, EnvSpec
+
+
+@flax.struct.dataclass(kw_only=True)
+class EnvState:
+    """One world between control steps. Envs subclass it with their physics arrays."""
+
+    task: jax.Array
+    """int32 [], task id of the running episode."""
+    num_steps: jax.Array
+    """int32 [], control steps of the running episode so far."""
+    reward: jax.Array
+    """float32 [], of the last control step."""
+    terminated: jax.Array
+    """bool [], the episode ended by success or failure."""
+    truncated: jax.Array
+    """bool [], the episode reached its time limit without terminating."""
+    success: jax.Array
+    """bool [], the task is solved."""
+
+
+@runtime_checkable
+class DeviceEnv(Protocol):
+    """Pure functions of one world (no batch axis). All are traced under vmap and jit."""
+
+    spec: EnvSpec
+
+    def reset(self, key: jax.Array, task: jax.Array) -> EnvState:
+        """Starts an episode of `task` (int32 []); everything random comes from `key`."""
+        ...
+
+    def step(self, state: EnvState, action: jax.Array) -> EnvState:
+        """Runs one control step with `action`, float32 [A], clipped to [-1, 1]."""
+        ...
+
+    def observe(self, states: EnvState) -> EnvObservation:
+        """Renders a batch of worlds: leading axis [E] on `states` and on the result."""
+        ...
+
+    def instruction_ids(self, states: EnvState) -> jax.Array:
+        """int32 [E], index into `spec.instructions` of each running episode."""
+        ...
+
+    def is_finite(self, state: EnvState) -> jax.Array:
+        """bool [], False when the physics of this world has blown up."""
+        ...
+
+    def expert_action(self, state: EnvState) -> jax.Array:
+        """float32 [A], a scripted action that uses the full state."""
+        ...

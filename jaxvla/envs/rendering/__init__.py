@@ -1,0 +1,1 @@
+"""Camera images: a ray caster in JAX that runs wherever JAX does."""

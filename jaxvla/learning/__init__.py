@@ -1,0 +1,1 @@
+"""The program that trains the policy, and what it is made of."""

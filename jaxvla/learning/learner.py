@@ -1,0 +1,216 @@
+"""Learner: turns trajectories into better weights.
+
+consumes    trajectories from the queue, in admission order, P per update
+produces    published weights (version v + 1), one metric record per update, checkpoints
+waits for   P trajectories
+unblocked by  simulators' puts, close of the queue
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxvla import rng
+from jaxvla.config import AlgorithmConfig, LearningConfig, ScheduleConfig
+from jaxvla.learning.train_state import TrainState
+from jaxvla.learning.train_step import TrainFunctions
+from jaxvla.telemetry.activity import ActivityMeter
+from jaxvla.telemetry.metrics import Last, Mean, MetricRecorder, Rate
+from jaxvla.transport.base import QueueItem, TrajectoryQueue, WeightStore
+
+_LOG = logging.getLogger(__name__)
+
+
+class NonFiniteError(RuntimeError):
+    """Updates stayed non-finite: the run must stop with exit code 4."""
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """Counters and positions that a checkpoint holds beside the train state."""
+
+    version: int = 0
+    """Completed updates."""
+    skipped_in_a_row: int = 0
+    """Latest updates in which every optimizer step was skipped."""
+    groups: dict[str, Any] = field(default_factory=dict)
+    """Env group -> where it stood after its last consumed trajectory."""
+
+
+class Learner:
+    """The learner program. `run` is its only thread."""
+
+    role = "learning"
+
+    def __init__(
+        self,
+        *,
+        functions: TrainFunctions,
+        state: TrainState,
+        progress: Progress,
+        queue: TrajectoryQueue,
+        store: WeightStore,
+        key: jax.Array,
+        learning: LearningConfig,
+        schedule: ScheduleConfig,
+        algorithm: AlgorithmConfig,
+        recorder: MetricRecorder,
+        meter: ActivityMeter,
+        on_update: Callable[["Learner"], None],
+    ):
+        """Args:
+        functions: jitted train functions.
+        state: train state on the learning mesh; donated by every step.
+        progress: where the run stands.
+        queue, store: ways to the simulators and to the policy servers.
+        key: typed root key of the learner.
+        learning, schedule, algorithm: their sections of the config.
+        recorder: metrics.
+        meter: busy / wait accounting.
+        on_update: called after every update, in the learner's thread, for records and
+          checkpoints.
+        """
+        self.state = state
+        self.progress = progress
+        self.staleness: list[int] = []
+        """Of the trajectories consumed since the caller last cleared it."""
+        self.num_env_steps = 0
+        """Control steps in those trajectories."""
+        self._functions = functions
+        self._queue = queue
+        self._store = store
+        self._key = key
+        self._learning = learning
+        self._schedule = schedule
+        self._algorithm = algorithm
+        self._recorder = recorder
+        self._meter = meter
+        self._on_update = on_update
+
+    def threads(self) -> dict[str, Callable[[], None]]:
+        """Thread name -> function, for the runtime to start."""
+        return {"learner": self.run}
+
+    def run(self) -> None:
+        """Updates until the budget is spent or the queue closes."""
+        while self.progress.version < self._learning.num_updates:
+            update = self._streamed if self._schedule.stream_microbatches else self._batched
+            metrics = update()
+            if metrics is None:
+                return
+            self.progress.version += 1
+            self._publish()
+            self._note(metrics)
+            self._on_update(self)
+
+    def stop(self, reason: str) -> None:
+        """Ends `run` after the update in progress."""
+        self._queue.close(reason)
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+    def publish_current(self) -> None:
+        """Publishes the present weights, so that the policy servers can begin."""
+        self._store.publish(self.progress.version, self.state.params)
+
+    def _batched(self) -> dict[str, Any] | None:
+        """One update from a whole batch: epochs of minibatch steps. None when closed."""
+        items = self._take(self._learning.trajectories_per_update)
+        if items is None:
+            return None
+        with self._meter.busy("train"):
+            batch = self._functions.prepare([self._functions.place(x.payload) for x in items])
+            steps = []
+            for epoch in range(self._algorithm.num_epochs):
+                key = rng.stream(self._key, "order", self.progress.version, epoch)
+                order = self._functions.draw(key, batch.weight.shape)
+                for index in range(self._algorithm.num_minibatches):
+                    self.state, metrics = self._functions.step(
+                        self.state, batch, order, jnp.int32(index)
+                    )
+                    steps.append(metrics)
+            return _average(jax.device_get(steps))
+
+    def _streamed(self) -> dict[str, Any] | None:
+        """One optimizer step from gradients accumulated as trajectories arrive."""
+        count = self._learning.trajectories_per_update
+        total, steps = None, []
+        for _ in range(count):
+            items = self._take(1)
+            if items is None:
+                return None
+            with self._meter.busy("train"):
+                payload = self._functions.place(items[0].payload)
+                grads, metrics = self._functions.gradient(self.state.params, payload)
+                zeros = total if total is not None else jax.tree.map(jnp.zeros_like, grads)
+                total = self._functions.accumulate(zeros, grads, jnp.float32(1.0 / count))
+                steps.append(metrics)
+        with self._meter.busy("train"):
+            self.state, norm = self._functions.apply(self.state, total)
+            return _average(jax.device_get(steps)) | {"grad_norm": float(norm)}
+
+    def _take(self, count: int) -> list[QueueItem] | None:
+        with self._meter.waiting("trajectories"):
+            items = self._queue.take(count, self.progress.version)
+        for item in items or ():
+            self.staleness.append(self.progress.version - item.policy_version_min)
+            self.progress.groups[item.info.group] = {
+                "next_segment": item.info.next_segment,
+                "end_state": item.info.end_state,
+            }
+            self._note_experience(item.info)
+        return items
+
+    def _publish(self) -> None:
+        """Publishes every k-th version; the last one always."""
+        version = self.progress.version
+        is_due = version % self._schedule.publish_interval == 0
+        if is_due or version == self._learning.num_updates:
+            with self._meter.busy("publish"):
+                self._store.publish(version, self.state.params)
+
+    def _note_experience(self, info: Any) -> None:
+        """Metrics of a consumed trajectory."""
+        self.num_env_steps += info.num_env_steps
+        add, episodes = self._recorder.add, info.episodes
+        add("rate/env_steps_per_s", info.num_env_steps, Rate)
+        add("rate/useful_env_steps_per_s", info.num_env_steps, Rate)
+        add("rate/episodes_per_s", len(episodes.success), Rate)
+        add("train/success_rate", episodes.success.astype(np.float64), Mean)
+        add("train/return_mean", episodes.return_, Mean)
+        add("train/episode_length_mean", episodes.length.astype(np.float64), Mean)
+
+    def _note(self, metrics: Mapping[str, float]) -> None:
+        """Metrics of an update; stops the run when updates stay non-finite."""
+        for name, value in metrics.items():
+            self._recorder.add(f"learner/{name}", value, Last)
+        self._recorder.add("rate/updates_per_s", 1, Rate)
+        skipped = int(self.state.num_skipped)
+        self._recorder.add("faults/skipped_optimizer_steps", skipped, Last)
+        is_bad = not np.isfinite(metrics["grad_norm"])
+        self.progress.skipped_in_a_row = self.progress.skipped_in_a_row + 1 if is_bad else 0
+        if is_bad:
+            _LOG.warning("update %d: gradient not finite, skipped", self.progress.version)
+        if self.progress.skipped_in_a_row >= self._learning.max_skipped_updates:
+            raise NonFiniteError(
+                f"{self.progress.skipped_in_a_row} updates in a row had a non-finite gradient; "
+                "lower optimizer.learning_rate or look at learner/loss/* in metrics.jsonl"
+            )
+
+
+def _average(steps: list[dict[str, Any]]) -> dict[str, float]:
+    """Mean over the optimizer steps of an update; "max" metrics keep their largest value.
+
+    A non-finite gradient norm of any step stays visible.
+    """
+    result = {}
+    for name in steps[0]:
+        values = np.asarray([step[name] for step in steps], np.float64)
+        result[name] = float(values.max() if name.endswith("/max") else values.mean())
+    return result

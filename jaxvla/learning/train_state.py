@@ -1,0 +1,58 @@
+"""What an optimizer step changes."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jaxvla import sharding
+from jaxvla.types import Params
+
+
+@flax.struct.dataclass(kw_only=True)
+class TrainState:
+    """Parameters and optimizer state, on the learning mesh."""
+
+    params: Params
+    opt_state: Any
+    num_steps: jax.Array
+    """int32 [], optimizer steps that were applied."""
+    num_skipped: jax.Array
+    """int32 [], optimizer steps that were skipped because the gradient was not finite."""
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """A fresh optimizer around given parameters. The two counters may not share a buffer."""
+    return TrainState(
+        params=params,
+        opt_state=optimizer.init(params),
+        num_steps=jnp.zeros((), jnp.int32),
+        num_skipped=jnp.zeros((), jnp.int32),
+    )
+
+
+def state_shardings(state: TrainState, rules: sharding.LogicalRules, mesh: Mesh) -> TrainState:
+    """Placement of a train state; the optimizer's moments lie like their parameters."""
+    return sharding.params_shardings(state, rules, mesh, "learning")
+
+
+def apply_gradients(
+    state: TrainState, grads: Params, grad_norm: jax.Array, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """One optimizer step, or none when the gradient is not finite.
+
+    A skipped step leaves parameters and optimizer state bitwise as they were.
+    """
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    stepped = TrainState(
+        params=optax.apply_updates(state.params, updates),
+        opt_state=opt_state,
+        num_steps=state.num_steps + 1,
+        num_skipped=state.num_skipped,
+    )
+    skipped = state.replace(num_skipped=state.num_skipped + 1)
+    is_finite = jnp.isfinite(grad_norm)
+    return jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), stepped, skipped)

@@ -1,0 +1,129 @@
+"""The learner's jitted functions: prepare a batch, take a minibatch step, accumulate.
+
+All inputs and outputs live on the learning mesh. Samples are split over the env axis B of
+a trajectory, and minibatches are drawn along time for each env column separately: shards
+never exchange samples, and the composition of a minibatch does not depend on the mesh.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jaxvla import sharding
+from jaxvla.algorithms.base import Algorithm, Metrics
+from jaxvla.learning.optimizer import trained_norm
+from jaxvla.learning.train_state import TrainState, apply_gradients
+from jaxvla.models.base import Policy
+from jaxvla.types import Params, TrainingBatch, Trajectory
+
+
+class TrainFunctions:
+    """Compiled functions of one policy, algorithm, optimizer and mesh."""
+
+    def __init__(
+        self,
+        *,
+        policy: Policy,
+        algorithm: Algorithm,
+        optimizer: optax.GradientTransformation,
+        trainable: str,
+        mesh: Mesh,
+        shardings: TrainState,
+        num_minibatches: int,
+    ):
+        """Args:
+        policy, algorithm, optimizer: what is trained, for what, and how.
+        trainable: `OptimizerConfig.trainable`, for the gradient norm.
+        mesh: learning mesh.
+        shardings: placement of the train state.
+        num_minibatches: optimizer steps per epoch.
+        """
+        self._policy = policy
+        self._algorithm = algorithm
+        self._optimizer = optimizer
+        self._trainable = trainable
+        self._num_minibatches = num_minibatches
+        self.columns = sharding.batch_sharding(mesh, axis=1)
+        """Placement of [T, B] trajectories."""
+        self.rows = sharding.batch_sharding(mesh)
+        whole = sharding.replicated(mesh)
+        self.prepare = jax.jit(self._prepare, out_shardings=self.columns)
+        self.draw = jax.jit(self._draw, static_argnums=1, out_shardings=self.columns)
+        self.step = jax.jit(self._step, donate_argnums=0, out_shardings=(shardings, whole))
+        self.supervised_step = jax.jit(
+            self._supervised_step, donate_argnums=0, out_shardings=(shardings, whole)
+        )
+        self.gradient = jax.jit(self._gradient, out_shardings=(shardings.params, whole))
+        self.accumulate = jax.jit(_accumulate, donate_argnums=0, out_shardings=shardings.params)
+        self.apply = jax.jit(self._apply, donate_argnums=(0, 1), out_shardings=(shardings, whole))
+
+    def place(self, trajectory: Trajectory) -> Trajectory:
+        """Moves a trajectory onto the learning mesh."""
+        return jax.device_put(trajectory, self.columns)
+
+    def _prepare(self, trajectories: Sequence[Trajectory]) -> TrainingBatch:
+        """Joins trajectories along their env axis and computes targets, [T, P*E, ...]."""
+        joined = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *trajectories)
+        return self._algorithm.prepare(joined)
+
+    def _draw(self, key: jax.Array, shape: tuple[int, int]) -> jax.Array:
+        """int32 [T, B]: for every env column its own permutation of the time steps."""
+        columns = jax.random.split(key, shape[1])
+        return jax.vmap(lambda k: jax.random.permutation(k, shape[0]), out_axes=1)(columns)
+
+    def _minibatch(self, batch: TrainingBatch, order: jax.Array, index: jax.Array) -> TrainingBatch:
+        """Samples [T/M * B, ...] of minibatch `index`."""
+        size = order.shape[0] // self._num_minibatches
+        times = jax.lax.dynamic_slice_in_dim(order, index * size, size)
+
+        def take(x: jax.Array) -> jax.Array:
+            picked = jnp.take_along_axis(x, times.reshape(*times.shape, *(1,) * (x.ndim - 2)), 0)
+            return picked.reshape(-1, *x.shape[2:])
+
+        return jax.tree.map(take, batch)
+
+    def _loss_and_grad(self, params: Params, batch: TrainingBatch) -> tuple[Params, Metrics]:
+        def loss(params: Params) -> tuple[jax.Array, Metrics]:
+            return self._algorithm.loss(self._policy, params, batch)
+
+        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return grads, metrics
+
+    def _step(
+        self, state: TrainState, batch: TrainingBatch, order: jax.Array, index: jax.Array
+    ) -> tuple[TrainState, Metrics]:
+        """One optimizer step on minibatch `index` of an epoch with sample order `order`."""
+        grads, metrics = self._loss_and_grad(state.params, self._minibatch(batch, order, index))
+        state, norm = self._apply(state, grads)
+        return state, metrics | {"grad_norm": norm}
+
+    def _apply(self, state: TrainState, grads: Params) -> tuple[TrainState, jax.Array]:
+        norm = trained_norm(grads, self._trainable)
+        return apply_gradients(state, grads, norm, self._optimizer), norm
+
+    def _gradient(self, params: Params, trajectory: Trajectory) -> tuple[Params, Metrics]:
+        """Gradient of one trajectory's loss, for accumulation."""
+        batch = self._algorithm.prepare(trajectory)
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
+        return self._loss_and_grad(params, flat)
+
+    def _supervised_step(
+        self, state: TrainState, observation: Any, actions: jax.Array, key: jax.Array
+    ) -> tuple[TrainState, Metrics]:
+        """One optimizer step of imitation on [B] samples."""
+
+        def loss(params: Params) -> jax.Array:
+            return self._policy.supervised_loss(params, observation, actions, key).mean()
+
+        value, grads = jax.value_and_grad(loss)(state.params)
+        state, norm = self._apply(state, grads)
+        return state, {"loss/total": value, "grad_norm": norm}
+
+
+def _accumulate(total: Params, grads: Params, share: jax.Array) -> Params:
+    """total + share * grads."""
+    return jax.tree.map(lambda t, g: t + share * g, total, grads)

@@ -1,0 +1,398 @@
+"""The pi model family: pi0 (arXiv:2410.24164), pi0.5 (arXiv:2504.16054), and tiny relatives.
+
+A SigLIP encoder and a Gemma language model read images and instruction (the prefix); an
+action expert predicts the flow-matching velocity of an action chunk (the suffix). One
+implementation serves all sizes. Parameters are a nested dict of arrays shaped and named
+like openpi's; what openpi has not (`value_head`) lies beside its tree.
+
+dtype policy: parameters, patch embedding, action/time/state projections, flow state, value
+head, log-probs and losses are float32; the transformers run in `PiConfig.dtype`.
+"""
+
+import re
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from jaxvla.models import flow, gemma, siglip
+from jaxvla.models.base import Normalizer, Prefix, Rules
+from jaxvla.models.layers import (
+    Leaf,
+    attention_mask,
+    dense,
+    dense_leaves,
+    init_leaves,
+    positions_of,
+    time_embedding,
+)
+from jaxvla.models.pi_config import PiConfig, require
+from jaxvla.types import Observation, Params, PolicySample
+
+__all__ = ["PiConfig", "PiPolicy"]
+
+
+class PiPolicy:
+    """A pi model with its normalisation. Methods are pure functions of `params`.
+
+    `act`, `evaluate`, `values` and `supervised_loss` speak the env's units; the methods
+    below them (`prefix`, `sample`, `log_prob`, `value`, `velocity`) speak normalised ones.
+    """
+
+    def __init__(self, config: PiConfig, normalizer: Normalizer):
+        """Binds a resolved config and the env's statistics.
+
+        Raises:
+          ConfigError: the config is not resolved, or does not fit the statistics.
+        """
+        config.validate()
+        for name, size, fits in (
+            ("state_dim", normalizer.state_dim, config.state_dim >= normalizer.state_dim),
+            ("action_dim", normalizer.action_dim, config.action_dim >= normalizer.action_dim),
+            ("log_prob_dims", normalizer.action_dim, config.log_prob_dims <= normalizer.action_dim),
+        ):
+            require(config, name, fits, f"the statistics have {size}", "resolve it from the env")
+        self.config = config
+        self._normalizer = normalizer
+        transitions = {"sde": flow.sde_transitions, "cps": flow.cps_transitions}
+        self._ode = flow.ode_transitions(config.num_denoise_steps)
+        self._noisy = transitions[config.exploration](config.num_denoise_steps, config.noise_level)
+
+    def leaves(self) -> dict[str, Leaf]:
+        """Declaration of every parameter by '/'-joined path."""
+        config = self.config
+        adaptive = config.time_conditioning == "adarms"
+        llm = {"embedder/input_embedding": gemma.embedder_leaf(config.vocab_size, config.vlm_width)}
+        llm |= gemma.leaves(config.expert(gemma.LANGUAGE), gemma.LANGUAGE, adaptive=False)
+        llm |= gemma.leaves(config.expert(gemma.ACTION), gemma.ACTION, adaptive=adaptive)
+        table = {
+            f"PaliGemma/img/{path}": leaf for path, leaf in siglip.leaves(config.vision).items()
+        }
+        table |= {f"PaliGemma/llm/{path}": leaf for path, leaf in llm.items()}
+        return table | _projection_leaves(config) | _value_leaves(config)
+
+    def init(self, key: jax.Array) -> Params:
+        """Fresh float32 parameters; see the leaf declarations for the distributions."""
+        return init_leaves(key, self.leaves())
+
+    def rules(self) -> Rules:
+        """Logical axes by path. Expressions match the whole path or its end after a '/'."""
+        return tuple(
+            (rf"(^|/){re.escape(path)}$", leaf.axes) for path, leaf in self.leaves().items()
+        )
+
+    def observation_spec(self, batch: int) -> Observation:
+        """Shapes and dtypes of a batch of observations, for ahead-of-time compilation."""
+        config, size = self.config, self.config.image_size
+
+        def zeros() -> Observation:
+            return Observation(
+                images=jnp.zeros((batch, config.num_cameras, size, size, 3), jnp.uint8),
+                image_mask=jnp.zeros((batch, config.num_cameras), bool),
+                state=jnp.zeros((batch, self._normalizer.state_dim)),
+                tokens=jnp.zeros((batch, config.max_tokens), jnp.int32),
+                token_mask=jnp.zeros((batch, config.max_tokens), bool),
+            )
+
+        return jax.eval_shape(zeros)
+
+    def act(
+        self, params: Params, observation: Observation, keys: jax.Array, explore: bool
+    ) -> PolicySample:
+        """Samples one action chunk per row, see `Policy.act`."""
+        prefix = self.prefix(params, observation)
+        state = self._model_state(observation)
+        actions, trace, log_prob = self.sample(params, prefix, state, keys, explore)
+        return PolicySample(
+            actions=self._normalizer.unnormalize_actions(
+                actions[:, :, : self._normalizer.action_dim]
+            ),
+            trace=trace,
+            log_prob=log_prob,
+            value=self.value(params, prefix),
+        )
+
+    def evaluate(
+        self, params: Params, observation: Observation, trace: flow.FlowTrace
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """log_prob, entropy and value, each float32 [B], see `Policy.evaluate`."""
+        prefix = self._training_prefix(params, observation)
+        state = self._model_state(observation)
+        log_prob, entropy = self.log_prob(params, prefix, state, trace)
+        return log_prob, entropy, self.value(params, prefix)
+
+    def values(self, params: Params, observation: Observation) -> jax.Array:
+        """Critic alone, float32 [B]."""
+        return self.value(params, self.prefix(params, observation))
+
+    def supervised_loss(
+        self, params: Params, observation: Observation, actions: jax.Array, key: jax.Array
+    ) -> jax.Array:
+        """Flow-matching loss: mean over H and A of (v - (n - a))^2.
+
+        Args:
+          params: parameters.
+          observation: leading axis B.
+          actions: float32 [B, H, A], env units.
+          key: typed key, shape [].
+
+        Returns:
+          float32 [B].
+        """
+        noise_key, time_key = jax.random.split(key)
+        target = _pad_last(self._normalizer.normalize_actions(actions), self.config.action_dim)
+        noise = jax.random.normal(noise_key, target.shape)
+        time = flow.draw_time(time_key, target.shape[0])
+        prefix = self._training_prefix(params, observation)
+        state = self._model_state(observation)
+        return self.flow_matching_loss(params, prefix, state, target, noise, time).mean(axis=1)
+
+    def flow_matching_loss(
+        self,
+        params: Params,
+        prefix: Prefix,
+        state: jax.Array,
+        actions: jax.Array,
+        noise: jax.Array,
+        time: jax.Array,
+    ) -> jax.Array:
+        """Loss float32 [B, H] at given noise [B, H, A] and time [B], normalised units."""
+        x_t, target = flow.interpolate(actions, noise, time)
+        velocity = self.velocity(params, prefix, state, x_t, time)
+        return jnp.mean(jnp.square(velocity - target), axis=-1)
+
+    def prefix(self, params: Params, observation: Observation) -> Prefix:
+        """Runs vision and language model over one batch of observations."""
+        images = observation.images.astype(jnp.float32) / 255.0 * 2.0 - 1.0
+        tokens, mask = embed_prefix(
+            params,
+            images,
+            observation.image_mask,
+            observation.tokens,
+            observation.token_mask,
+            dtype=jnp.dtype(self.config.dtype),
+            remat=self.config.remat,
+        )
+        return run_prefix(params, tokens, mask, remat=self.config.remat)
+
+    def sample(
+        self, params: Params, prefix: Prefix, state: jax.Array, keys: jax.Array, explore: bool
+    ) -> tuple[jax.Array, flow.FlowTrace, jax.Array]:
+        """Denoises one chunk per row.
+
+        Args:
+          params: parameters.
+          prefix: from the same observations.
+          state: float32 [B, state_dim], normalised.
+          keys: typed keys [B].
+          explore: static; take one denoise step from the stochastic law.
+
+        Returns:
+          actions float32 [B, H, A] (normalised), trace, and log_prob float32 [B] (0 without
+          exploration).
+        """
+        shape = (self.config.action_horizon, self.config.action_dim)
+        draws = flow.draw(keys, shape, self.config.num_random_steps)
+        actions, trace, (mean, std) = flow.denoise(
+            lambda x_t, time: self.velocity(params, prefix, state, x_t, time),
+            draws,
+            self._noisy if explore else self._ode,
+        )
+        return actions, trace, self._score(trace, mean, std)
+
+    def log_prob(
+        self, params: Params, prefix: Prefix, state: jax.Array, trace: flow.FlowTrace
+    ) -> tuple[jax.Array, jax.Array]:
+        """log_prob and entropy of explored samples, each float32 [B].
+
+        One pass of the action expert at the stochastic step. The entropy of the scored step
+        does not depend on the parameters and is reported as 0.
+        """
+        grid = jnp.asarray(flow.time_grid(self.config.num_denoise_steps))
+        velocity = self.velocity(params, prefix, state, trace.x_t, grid[trace.step])
+        mean, std = flow.transition(self._noisy, trace.x_t, velocity, trace.step)
+        log_prob = self._score(trace, mean, std)
+        return log_prob, jnp.zeros_like(log_prob)
+
+    def value(self, params: Params, prefix: Prefix) -> jax.Array:
+        """Critic: masked mean of the prefix features, then an MLP; float32 [B]."""
+        features = prefix.features.astype(jnp.float32)
+        if self.config.detach_value:
+            features = jax.lax.stop_gradient(features)
+        mask = prefix.mask[:, :, None]
+        total = jnp.sum(jnp.where(mask, features, 0.0), axis=1)
+        hidden = total / jnp.maximum(jnp.sum(mask, axis=1), 1)
+        head = params["value_head"]
+        for index in range(len(self.config.value_widths)):
+            hidden = jax.nn.relu(dense(head[f"Dense_{index}"], hidden))
+        return dense(head["out"], hidden)[:, 0]
+
+    def velocity(
+        self, params: Params, prefix: Prefix, state: jax.Array, x_t: jax.Array, time: jax.Array
+    ) -> jax.Array:
+        """Velocity float32 [B, H, A] at x_t float32 [B, H, A] and time float32 [B]."""
+        suffix = embed_suffix(params, self.config, state, x_t, time)
+        features = run_suffix(params, prefix, suffix, remat=self.config.remat)
+        actions = features[:, -x_t.shape[1] :].astype(jnp.float32)
+        return dense(params["action_out_proj"], actions)
+
+    def _training_prefix(self, params: Params, observation: Observation) -> Prefix:
+        prefix = self.prefix(params, observation)
+        return jax.lax.stop_gradient(prefix) if self.config.freeze_prefix else prefix
+
+    def _model_state(self, observation: Observation) -> jax.Array:
+        """Normalised state, zero-padded to the model's width."""
+        state = self._normalizer.normalize_state(observation.state)
+        return _pad_last(state, self.config.state_dim)
+
+    def _score(self, trace: flow.FlowTrace, mean: jax.Array, std: jax.Array) -> jax.Array:
+        return flow.chunk_log_prob(
+            trace.x_next,
+            mean,
+            std,
+            num_steps=self.config.log_prob_steps,
+            num_dims=self.config.log_prob_dims,
+        )
+
+
+def embed_prefix(
+    params: Params,
+    images: jax.Array,
+    image_mask: jax.Array,
+    tokens: jax.Array,
+    token_mask: jax.Array,
+    *,
+    dtype: jnp.dtype,
+    remat: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Token vectors of all cameras in order, then of the prompt.
+
+    Args:
+      params: the whole tree.
+      images: float32 [B, C, h, w, 3] in [-1, 1].
+      image_mask: bool [B, C].
+      tokens: int32 [B, N].
+      token_mask: bool [B, N].
+      dtype: compute dtype.
+      remat: recompute encoder blocks in the backward pass.
+
+    Returns:
+      [B, S, D] in `dtype` and validity bool [B, S], S = C patches + N.
+    """
+    batch, cameras = images.shape[:2]
+    flat = images.reshape(batch * cameras, *images.shape[2:])
+    encoded = siglip.encode_images(params["PaliGemma"]["img"], flat, dtype=dtype, remat=remat)
+    num_patches, width = encoded.shape[1:]
+    encoded = encoded.reshape(batch, cameras * num_patches, width)
+    text = gemma.embed_tokens(params["PaliGemma"]["llm"], tokens, dtype)
+    mask = jnp.concatenate([jnp.repeat(image_mask, num_patches, axis=1), token_mask], axis=1)
+    return jnp.concatenate([encoded, text], axis=1), mask
+
+
+def run_prefix(params: Params, tokens: jax.Array, mask: jax.Array, *, remat: bool) -> Prefix:
+    """Language model over prefix tokens [B, S, D]; all valid ones see each other."""
+    block = jnp.zeros(mask.shape[1], jnp.int32)
+    features, cache = gemma.forward(
+        params["PaliGemma"]["llm"],
+        gemma.LANGUAGE,
+        tokens,
+        positions_of(mask),
+        attention_mask(mask, block, mask, block),
+        remat=remat,
+    )
+    assert cache is not None  # forward returns one whenever none was given
+    return Prefix(keys=cache[0], values=cache[1], mask=mask, features=features)
+
+
+@flax.struct.dataclass(kw_only=True)
+class Suffix:
+    """Input of the action expert."""
+
+    tokens: jax.Array
+    """[B, T, D] in the compute dtype: the state token if there is one, then H action tokens."""
+    block: jax.Array
+    """int32 [T], attention block of each token; the prefix is block 0."""
+    condition: jax.Array | None
+    """float32 [B, D], condition of adaptive norms; None for plain ones."""
+
+
+def embed_suffix(
+    params: Params, config: PiConfig, state: jax.Array, x_t: jax.Array, time: jax.Array
+) -> Suffix:
+    """Embeds state, noisy actions and flow time.
+
+    Args:
+      params: the whole tree.
+      config: time_conditioning, state_input and dtype are read.
+      state: float32 [B, S], normalised.
+      x_t: float32 [B, H, A].
+      time: float32 [B].
+    """
+    tokens, condition = dense(params["action_in_proj"], x_t), None
+    embedded = time_embedding(time, tokens.shape[-1])
+    if config.time_conditioning == "adarms":
+        hidden = jax.nn.silu(dense(params["time_mlp_in"], embedded))
+        condition = jax.nn.silu(dense(params["time_mlp_out"], hidden))
+    else:
+        repeated = jnp.broadcast_to(embedded[:, None, :], tokens.shape)
+        hidden = dense(params["action_time_mlp_in"], jnp.concatenate([tokens, repeated], axis=-1))
+        tokens = dense(params["action_time_mlp_out"], jax.nn.silu(hidden))
+    block = jnp.ones(x_t.shape[1], jnp.int32)
+    if config.state_input == "token":  # the state sees no action, every action sees the state
+        state_token = dense(params["state_proj"], state)[:, None, :]
+        tokens = jnp.concatenate([state_token, tokens], axis=1)
+        block = jnp.concatenate([jnp.ones(1, jnp.int32), block + 1])
+    return Suffix(tokens=tokens.astype(config.dtype), block=block, condition=condition)
+
+
+def run_suffix(params: Params, prefix: Prefix, suffix: Suffix, *, remat: bool) -> jax.Array:
+    """Action expert on top of the prefix cache: features [B, T, D] in the compute dtype."""
+    batch, num_tokens = suffix.tokens.shape[:2]
+    valid = jnp.ones((batch, num_tokens), bool)
+    positions = jnp.sum(prefix.mask, axis=1, keepdims=True) + jnp.arange(num_tokens)[None]
+    key_block = jnp.concatenate([jnp.zeros(prefix.mask.shape[1], jnp.int32), suffix.block])
+    key_mask = jnp.concatenate([prefix.mask, valid], axis=1)
+    features, _ = gemma.forward(
+        params["PaliGemma"]["llm"],
+        gemma.ACTION,
+        suffix.tokens,
+        positions,
+        attention_mask(valid, suffix.block, key_mask, key_block),
+        cache=(prefix.keys, prefix.values),
+        condition=suffix.condition,
+        remat=remat,
+    )
+    return features
+
+
+def _projection_leaves(config: PiConfig) -> dict[str, Leaf]:
+    """Dense layers between env dimensions, flow time and the action expert.
+
+    The output layer starts small, so that the initial policy is close to its noise and the
+    first updates need not undo a large random velocity.
+    """
+    width = config.expert_width
+    table = dense_leaves("action_in_proj", config.action_dim, width)
+    table |= dense_leaves("action_out_proj", width, config.action_dim, gain=0.1)
+    if config.state_input == "token":
+        table |= dense_leaves("state_proj", config.state_dim, width)
+    if config.time_conditioning == "adarms":
+        names, size_in = ("time_mlp_in", "time_mlp_out"), width
+    else:
+        names, size_in = ("action_time_mlp_in", "action_time_mlp_out"), 2 * width
+    table |= dense_leaves(names[0], size_in, width)
+    return table | dense_leaves(names[1], width, width)
+
+
+def _value_leaves(config: PiConfig) -> dict[str, Leaf]:
+    """The value head: He init for the ReLU layers, small output as in piRL's critic."""
+    table, width = {}, config.vlm_width
+    for index, hidden in enumerate(config.value_widths):
+        table |= dense_leaves(f"value_head/Dense_{index}", width, hidden, gain=2.0**0.5)
+        width = hidden
+    return table | dense_leaves("value_head/out", width, 1, gain=0.02 * width**0.5)
+
+
+def _pad_last(x: jax.Array, size: int) -> jax.Array:
+    """Zero-pads the last axis to `size`."""
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])])

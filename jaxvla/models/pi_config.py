@@ -1,0 +1,261 @@
+"""Configuration of the pi family: sizes, behaviour, presets."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from jaxvla.config import ConfigError, ModelConfig
+from jaxvla.models import gemma, siglip
+from jaxvla.models.tokenizer import Tokenizer, encode_prompt
+from jaxvla.types import EnvSpec
+
+_CHOICES = {
+    "time_conditioning": ("adarms", "concat"),
+    "state_input": ("token", "none"),
+    "exploration": ("sde", "cps"),
+    "dtype": ("float32", "bfloat16"),
+}
+
+
+@dataclass(kw_only=True, slots=True)
+class PiConfig(ModelConfig):
+    """Sizes and behaviour of a pi model. `resolve` fills every -1 from the env."""
+
+    name: str = "pi"
+    vision_width: int
+    """Width of the SigLIP encoder."""
+    vision_depth: int
+    """Encoder blocks."""
+    vision_mlp_width: int
+    """Hidden width of the encoder's MLPs."""
+    vision_heads: int
+    """Attention heads of the encoder; divides vision_width."""
+    patch_size: int
+    """Pixels of a square patch; divides image_size."""
+    vlm_width: int
+    """Width of the language model."""
+    vlm_mlp_width: int
+    """Hidden width of the language model's MLPs."""
+    expert_width: int
+    """Width of the action expert; even."""
+    expert_mlp_width: int
+    """Hidden width of the action expert's MLPs."""
+    depth: int
+    """Layers of both experts."""
+    num_heads: int
+    """Query heads of both experts."""
+    num_kv_heads: int
+    """Key/value heads of both experts; divides num_heads."""
+    head_dim: int
+    """Width of a head; even."""
+    vocab_size: int
+    """Rows of the token table, at least the tokenizer's."""
+    value_widths: tuple[int, ...]
+    """Hidden widths of the value head."""
+    image_size: int = -1
+    """Pixels of the square images; -1: the env's."""
+    num_cameras: int = -1
+    """Cameras C; -1: the env's."""
+    max_tokens: int = -1
+    """Length N of the padded prompt; -1: the env's longest, rounded up to a multiple of 8."""
+    state_dim: int = -1
+    """State dimensions the model reads, zero-padded beyond the env's; -1: the env's."""
+    action_dim: int = -1
+    """Action dimensions the model predicts, beyond the env's padding; -1: the env's."""
+    time_conditioning: str = "adarms"
+    """"adarms": the flow time modulates every norm of the action expert (pi0.5);
+    "concat": it is mixed into the action tokens (pi0)."""
+    state_input: str = "token"
+    """"token": the state is a suffix token (pi0); "none": it is not an input (pi0.5)."""
+    dtype: str = "float32"
+    """Compute dtype of the transformers: "float32" or "bfloat16"."""
+    remat: bool = False
+    """Recompute whole layers in the backward pass: least memory, about a third more compute."""
+    freeze_prefix: bool = False
+    """Gradients stop at the prefix: vision and language model do not train, updates cost a
+    quarter. The optimizer's `trainable` should leave their parameters out as well."""
+    detach_value: bool = False
+    """The value head's gradient does not reach the vision and language model."""
+    num_denoise_steps: int = 4
+    """Denoise steps K."""
+    exploration: str = "sde"
+    """Law of the stochastic denoise step: "sde" or "cps", see `jaxvla.models.flow`."""
+    noise_level: float = 0.5
+    """Strength a of exploration, in (0, 1] for cps and > 0 for sde."""
+    ignore_last_step: bool = False
+    """The last denoise step is never the stochastic one; required by cps."""
+    log_prob_steps: int = -1
+    """Control steps of a chunk whose density is scored; -1: the executed ones."""
+    log_prob_dims: int = -1
+    """Action dimensions whose density is scored; -1: the env's."""
+
+    def resolve(self, spec: EnvSpec, *, num_executed: int, tokenizer: Tokenizer) -> "PiConfig":
+        """Returns a copy with every -1 filled in, validated.
+
+        Args:
+          spec: the env that the policy acts in.
+          num_executed: control steps run of each chunk.
+          tokenizer: tokenizer of the instructions.
+
+        Raises:
+          ConfigError: the sizes do not fit each other or the env.
+        """
+        longest = max(len(encode_prompt(tokenizer, text)) for text in spec.instructions)
+        env_sizes = {
+            "image_size": spec.image_size,
+            "num_cameras": len(spec.cameras),
+            "max_tokens": -(-longest // 8) * 8,
+            "state_dim": spec.state_dim,
+            "action_dim": spec.action_dim,
+            "log_prob_steps": num_executed,
+            "log_prob_dims": spec.action_dim,
+        }
+        filled = {name: size for name, size in env_sizes.items() if getattr(self, name) == -1}
+        resolved = dataclasses.replace(self, **filled)
+        for name in ("image_size", "num_cameras"):
+            size = env_sizes[name]
+            fits = getattr(resolved, name) == size
+            require(resolved, name, fits, f"must be {size}, the env's", "change it or the env's")
+        least = env_sizes | {"max_tokens": longest, "vocab_size": tokenizer.vocab_size}
+        for name in ("max_tokens", "state_dim", "action_dim", "vocab_size"):
+            fits = getattr(resolved, name) >= least[name]
+            require(resolved, name, fits, f"must be >= {least[name]}", "raise it")
+        resolved.validate()
+        return resolved
+
+    def validate(self) -> None:
+        """Checks a resolved config.
+
+        Raises:
+          ConfigError: a size is missing, or two settings exclude each other.
+        """
+        for field in dataclasses.fields(self):
+            if field.type is int:
+                fits = getattr(self, field.name) >= 1
+                require(self, field.name, fits, "must be >= 1", "set it, or resolve the config")
+        for name, choices in _CHOICES.items():
+            known = ", ".join(choices)
+            require(self, name, getattr(self, name) in choices, f"known: {known}", "choose one")
+        for name, total in (
+            ("patch_size", "image_size"),
+            ("vision_heads", "vision_width"),
+            ("num_kv_heads", "num_heads"),
+        ):
+            size = getattr(self, total)
+            fits = size % getattr(self, name) == 0
+            require(self, name, fits, f"must divide model.{total} = {size}", "change one of them")
+        for name in ("head_dim", "expert_width"):
+            require(self, name, getattr(self, name) % 2 == 0, "must be even", "add 1")
+        for name, total in (("log_prob_steps", "action_horizon"), ("log_prob_dims", "action_dim")):
+            size = getattr(self, total)
+            fits = getattr(self, name) <= size
+            require(self, name, fits, f"must be <= model.{total} = {size}", "lower it")
+        self._validate_exploration()
+
+    def _validate_exploration(self) -> None:
+        require(self, "noise_level", self.noise_level > 0.0, "must be > 0", "try 0.5")
+        if self.exploration == "cps":
+            fits = self.noise_level <= 1.0
+            require(self, "noise_level", fits, "must be <= 1 for cps", "try 0.5")
+            fits = self.ignore_last_step
+            require(self, "ignore_last_step", fits, "the last step of cps is noiseless", "set it")
+        if self.ignore_last_step:
+            fits = self.num_denoise_steps >= 2
+            require(self, "num_denoise_steps", fits, "must be >= 2 to ignore the last", "set 2")
+
+    @property
+    def num_random_steps(self) -> int:
+        """Denoise steps among which the stochastic one is drawn."""
+        return self.num_denoise_steps - self.ignore_last_step
+
+    @property
+    def vision(self) -> siglip.SiglipSize:
+        """Sizes of the vision encoder."""
+        return siglip.SiglipSize(
+            image_size=self.image_size,
+            patch_size=self.patch_size,
+            width=self.vision_width,
+            depth=self.vision_depth,
+            mlp_width=self.vision_mlp_width,
+            num_heads=self.vision_heads,
+            out_width=self.vlm_width,
+        )
+
+    def expert(self, expert: str) -> gemma.ExpertSize:
+        """Sizes of the language model or the action expert."""
+        is_language = expert == gemma.LANGUAGE
+        return gemma.ExpertSize(
+            width=self.vlm_width if is_language else self.expert_width,
+            depth=self.depth,
+            mlp_width=self.vlm_mlp_width if is_language else self.expert_mlp_width,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+        )
+
+
+def require(config: PiConfig, name: str, holds: bool, allowed: str, fix: str) -> None:
+    """Raises ConfigError about `model.NAME` unless the condition holds."""
+    if not holds:
+        raise ConfigError(f"model.{name}", getattr(config, name), allowed, fix)
+
+
+def tiny_config() -> PiConfig:
+    """About 0.7 M parameters: trains from scratch on a CPU with 64 px images."""
+    return PiConfig(
+        vision_width=64,
+        vision_depth=2,
+        vision_mlp_width=128,
+        vision_heads=4,
+        patch_size=16,
+        vlm_width=96,
+        vlm_mlp_width=256,
+        expert_width=64,
+        expert_mlp_width=128,
+        depth=3,
+        num_heads=4,
+        num_kv_heads=1,
+        head_dim=16,
+        vocab_size=320,
+        value_widths=(128, 64),
+    )
+
+
+def pi0_config() -> PiConfig:
+    """openpi's pi0: So400m/14, Gemma 2B, 300 M action expert; 3.2 B parameters."""
+    return PiConfig(
+        action_horizon=50,
+        vision_width=1152,
+        vision_depth=27,
+        vision_mlp_width=4304,
+        vision_heads=16,
+        patch_size=14,
+        vlm_width=2048,
+        vlm_mlp_width=16_384,
+        expert_width=1024,
+        expert_mlp_width=4096,
+        depth=18,
+        num_heads=8,
+        num_kv_heads=1,
+        head_dim=256,
+        vocab_size=257_152,
+        value_widths=(512, 256, 128),
+        image_size=224,
+        max_tokens=48,
+        state_dim=32,
+        action_dim=32,
+        time_conditioning="concat",
+        dtype="bfloat16",
+        remat=True,
+        num_denoise_steps=10,
+    )
+
+
+def pi05_config() -> PiConfig:
+    """openpi's pi0.5: pi0 with adaRMS time conditioning and no state token; 3.4 B parameters."""
+    return dataclasses.replace(
+        pi0_config(),
+        time_conditioning="adarms",
+        state_input="none",
+        max_tokens=200,
+        value_widths=(1024, 512, 256),
+    )

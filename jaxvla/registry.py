@@ -1,0 +1,45 @@
+"""Name -> "module:attribute" tables, resolved lazily. No jax here."""
+
+import difflib
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """Returns a hint such as " (did you mean 'reach'?)", or "" when nothing is close."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+class Registry:
+    """A table of plug-ins of one kind.
+
+    Entries are strings, so that importing the table imports no plug-in. An
+    out-of-tree plug-in needs no entry: name it "package.module:Attribute".
+    """
+
+    def __init__(self, kind: str, entries: dict[str, str]):
+        self.kind = kind
+        self._entries = dict(entries)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries or (isinstance(name, str) and ":" in name)
+
+    def get(self, name: str) -> Any:
+        """Imports and returns the attribute behind `name`.
+
+        Raises:
+          ValueError: the name is unknown; the message lists the known ones.
+        """
+        target = name if ":" in name else self._entries.get(name)
+        if target is None:
+            known = sorted(self._entries)
+            raise ValueError(
+                f"unknown {self.kind} {name!r}{nearest(name, known)}; known: {', '.join(known)}"
+            )
+        module, _, attribute = target.partition(":")
+        return getattr(importlib.import_module(module), attribute)

@@ -1,0 +1,1 @@
+"""Placement and life cycle of programs."""

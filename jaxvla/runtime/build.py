@@ -1,0 +1,158 @@
+"""From a config to the parts of a run: env, policy, meshes, compiled functions.
+
+Nothing here starts a thread. `Blueprint` touches no device; `Parts` does.
+"""
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxvla import rng, sharding
+from jaxvla.algorithms import ALGORITHMS
+from jaxvla.config import ExperimentConfig
+from jaxvla.data.normalization import NormStats
+from jaxvla.envs import ENVS
+from jaxvla.layout import Layout, parse_layout
+from jaxvla.learning.optimizer import make_optimizer
+from jaxvla.learning.train_state import TrainState, init_state, state_shardings
+from jaxvla.learning.train_step import TrainFunctions
+from jaxvla.models import MODELS
+from jaxvla.models.tokenizer import ByteTokenizer, tokenize_prompt
+from jaxvla.serving.sampling import Sampler
+from jaxvla.simulation.unroll import TokenTable
+from jaxvla.types import EnvSpec, Observation, Params
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blueprint:
+    """What follows from the config alone."""
+
+    config: ExperimentConfig
+    """Resolved: no -1 left."""
+    env: Any
+    policy: Any
+    layout: Layout
+    table: TokenTable
+    """numpy arrays."""
+
+    @property
+    def spec(self) -> EnvSpec:
+        """The env's."""
+        return self.env.spec
+
+    def observation_struct(self, num_rows: int) -> Observation:
+        """Shapes and dtypes of a batch of observations."""
+        spec, tokens = self.spec, self.table.tokens.shape[1]
+        size, cameras = spec.image_size, len(spec.cameras)
+
+        def struct(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((num_rows, *shape), dtype)
+
+        return Observation(
+            images=struct(np.uint8, cameras, size, size, 3),
+            image_mask=struct(np.bool_, cameras),
+            state=struct(np.float32, spec.state_dim),
+            tokens=struct(np.int32, tokens),
+            token_mask=struct(np.bool_, tokens),
+        )
+
+    def params_struct(self) -> Params:
+        """Shapes and dtypes of the parameters."""
+        return jax.eval_shape(self.policy.init, rng.root_key(0))
+
+
+def draw_blueprint(config: ExperimentConfig) -> Blueprint:
+    """Resolves a validated config.
+
+    Raises:
+      ConfigError: the sections do not fit each other.
+      ValueError: a plug-in is unknown or an optional package is missing.
+    """
+    env = ENVS.get(config.env.name)(config.env)
+    tokenizer = ByteTokenizer()
+    model = config.model.resolve(
+        env.spec, num_executed=config.env.num_executed, tokenizer=tokenizer
+    )
+    config = dataclasses.replace(config, model=model, serving=_resolve_serving(config))
+    spec = env.spec
+    stats = NormStats.from_bounds(
+        np.asarray(spec.state_low), np.asarray(spec.state_high), spec.action_dim
+    )
+    prompts = [tokenize_prompt(tokenizer, text, model.max_tokens) for text in spec.instructions]
+    return Blueprint(
+        config=config,
+        env=env,
+        policy=MODELS.get(model.name)(model, stats),
+        layout=parse_layout(config.meshes.layout),
+        table=TokenTable(
+            tokens=np.stack([ids for ids, _ in prompts]), mask=np.stack([m for _, m in prompts])
+        ),
+    )
+
+
+def _resolve_serving(config: ExperimentConfig) -> Any:
+    """Fills the -1s of the serving section from the env groups."""
+    serving, per_group = config.serving, config.simulation.envs_per_group
+    total = per_group * config.simulation.num_groups
+    max_batch = total if serving.max_batch == -1 else serving.max_batch
+    trigger = per_group if serving.trigger_size == -1 else serving.trigger_size
+    buckets = serving.buckets or tuple(range(per_group, max_batch + 1, per_group))
+    return dataclasses.replace(
+        serving, max_batch=max_batch, trigger_size=min(trigger, max_batch), buckets=buckets
+    )
+
+
+class Parts:
+    """Meshes and functions on devices, made on first use."""
+
+    def __init__(self, blueprint: Blueprint):
+        self.blueprint = blueprint
+        self.config = blueprint.config
+        self.root = rng.root_key(self.config.seed)
+
+    @functools.cached_property
+    def meshes(self) -> dict[str, Mesh]:
+        """Role -> mesh."""
+        return {role: sharding.make_mesh(x) for role, x in self.blueprint.layout.roles.items()}
+
+    @functools.cached_property
+    def sampler(self) -> Sampler:
+        """Inference functions on the serving mesh; not compiled yet."""
+        policy, mesh = self.blueprint.policy, self.meshes["serving"]
+        placed = sharding.params_shardings(
+            self.blueprint.params_struct(), policy.rules(), mesh, "serving"
+        )
+        return Sampler(
+            policy,
+            mesh=mesh,
+            params_shardings=placed,
+            buckets=self.config.serving.buckets,
+        )
+
+    def train_functions(self, optimizer_config: Any) -> tuple[TrainFunctions, Any, TrainState]:
+        """Train functions for one optimizer, that optimizer, and the state's shardings."""
+        policy, mesh = self.blueprint.policy, self.meshes["learning"]
+        params = self.blueprint.params_struct()
+        optimizer = make_optimizer(optimizer_config, params)
+        struct = jax.eval_shape(lambda p: init_state(p, optimizer), params)
+        placed = state_shardings(struct, policy.rules(), mesh)
+        functions = TrainFunctions(
+            policy=policy,
+            algorithm=ALGORITHMS.get(self.config.algorithm.name)(self.config.algorithm),
+            optimizer=optimizer,
+            trainable=optimizer_config.trainable,
+            mesh=mesh,
+            shardings=placed,
+            num_minibatches=self.config.algorithm.num_minibatches,
+        )
+        return functions, optimizer, placed
+
+    def fresh_params(self, placed: Any) -> Params:
+        """Initial parameters, made directly where they will live."""
+        init = jax.jit(self.blueprint.policy.init, out_shardings=placed)
+        return init(rng.stream(self.root, "init"))

@@ -1,0 +1,393 @@
+"""Controller: wires the programs of a training run, and sees it through.
+
+    restore or start anew -> warm start -> evaluate -> programs run -> evaluate -> summary
+
+consumes    a blueprint, an empty or used work directory
+produces    checkpoints, metrics.jsonl, summary.json, trace.json, videos, the screen
+waits for   the learner's last update, a failure, or a signal
+unblocked by  the programs
+"""
+
+import logging
+import pathlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxvla import rng
+from jaxvla.checkpoint import Checkpointer, Restored
+from jaxvla.config import to_dict
+from jaxvla.evaluation.evaluator import Evaluator
+from jaxvla.learning.learner import Learner, NonFiniteError, Progress
+from jaxvla.learning.train_state import TrainState, init_state
+from jaxvla.learning.warm_start import warm_start
+from jaxvla.runtime.build import Blueprint, Parts
+from jaxvla.runtime.groups import Groups
+from jaxvla.runtime.local import LocalRuntime, ProgramFailedError
+from jaxvla.runtime.telemetry import Telemetry
+from jaxvla.serving.batcher import Batcher
+from jaxvla.serving.client import InferenceClient
+from jaxvla.serving.server import PolicyServer
+from jaxvla.simulation.simulator import GroupSnapshot, Simulator
+from jaxvla.telemetry.progress import RunSummary, Screen
+from jaxvla.telemetry.writers import RunInfo
+from jaxvla.transport.base import WeightStore
+from jaxvla.transport.in_process import InProcessQueue, InProcessWeightStore
+from jaxvla.transport.staleness import CreditRule, StalenessViolation
+from jaxvla.types import Params
+
+_LOG = logging.getLogger(__name__)
+
+EXIT_FINISHED, EXIT_FAILED, EXIT_STOPPED, EXIT_UNSAFE = 0, 1, 3, 4
+
+
+class StoppedError(Exception):
+    """A signal asked to stop before training had begun."""
+
+
+class Controller:
+    """One training run in one process."""
+
+    def __init__(
+        self,
+        blueprint: Blueprint,
+        *,
+        workdir: pathlib.Path,
+        screen: Screen,
+        stop_requested: threading.Event,
+        command: str,
+    ):
+        """Args:
+        blueprint: what to run.
+        workdir: where to write; a checkpoint in it is continued.
+        screen: where to show.
+        stop_requested: set by signals.
+        command: the command line; it also continues the run.
+        """
+        self.config = blueprint.config
+        self._parts = Parts(blueprint)
+        self._workdir = workdir
+        self._screen = screen
+        self._stop_requested = stop_requested
+        self._command = command
+        self._telemetry = Telemetry(
+            workdir=workdir, screen=screen, is_tracing=self.config.telemetry.trace
+        )
+        self._checkpointer = Checkpointer(workdir / "checkpoints", keep=self.config.checkpoint.keep)
+        self._groups = Groups(
+            self._parts, log_dir=workdir / "logs", recorder=self._telemetry.recorder
+        )
+        self._before: dict[str, Any] | None = None
+        self._after: dict[str, Any] | None = None
+        self._functions, self._optimizer, self._placed = self._parts.train_functions(
+            self.config.optimizer
+        )
+        self._bound = self.config.schedule.staleness_bound
+        self._queue = InProcessQueue(self._credit_rule())
+        self._store: WeightStore = InProcessWeightStore(on_acknowledged=self._queue.advance)
+        self._evaluator = Evaluator(
+            config=self.config.evaluation,
+            sampler=self._parts.sampler,
+            make_group=self._groups.evaluation,
+            should_stop=stop_requested.is_set,
+        )
+
+    def run(self) -> int:
+        """Runs to the end; returns the exit code of the contract."""
+        steps = self._checkpointer.steps()
+        run = RunInfo(
+            workdir=self._workdir,
+            name=self.config.name,
+            config=to_dict(self.config),
+            resume_update=steps[-1] if steps else None,
+        )
+        with self._telemetry.open(run, self.config.telemetry.writers):
+            try:
+                return self._run()
+            finally:
+                self._telemetry.write_trace()
+                self._checkpointer.close()
+
+    def _run(self) -> int:
+        outcome, detail, code = "finished", "", EXIT_FINISHED
+        learner = None
+        try:
+            self._compile()
+            learner = self._learner(*self._restore_or_start())
+            self._train(learner)
+            if self._stop_requested.is_set():
+                outcome, code = "stopped", EXIT_STOPPED
+            else:
+                self._after = self._evaluate(learner, is_final=True)
+        except StoppedError:
+            outcome, code = "stopped", EXIT_STOPPED
+        except ProgramFailedError as error:
+            outcome, detail, code = _failure(error)
+            self._screen.message(f"error: {detail}")
+        if learner is not None:
+            if code in (EXIT_FINISHED, EXIT_STOPPED):
+                self._save(learner)
+            self._close_books(outcome, detail)
+        return code
+
+    def _credit_rule(self) -> CreditRule:
+        return CreditRule(
+            trajectories_per_update=self.config.learning.trajectories_per_update,
+            max_staleness=self._bound,
+            publish_interval=self.config.schedule.publish_interval,
+            num_updates=self.config.learning.num_updates,
+        )
+
+    # ---------------------------------------------------------------- before training
+
+    def _compile(self) -> None:
+        """Compiles inference and stepping ahead of time, side by side."""
+        with self._screen.phase("compile"), ThreadPoolExecutor(max_workers=2) as pool:
+            jobs = []
+            if self._groups.is_device_env:
+                jobs.append(pool.submit(self._groups.stepper.compile))
+                if self.config.warm_start.num_steps and not self._checkpointer.steps():
+                    jobs.append(pool.submit(self._groups.demonstrator.compile))
+            blueprint = self._parts.blueprint
+            jobs.append(
+                pool.submit(
+                    self._parts.sampler.compile,
+                    blueprint.params_struct(),
+                    blueprint.observation_struct(1),
+                )
+            )
+            for job in jobs:
+                job.result()
+
+    def _restore_or_start(self) -> tuple[TrainState, Progress, dict[str, GroupSnapshot]]:
+        """State, counters and env groups from the newest checkpoint, or a new run's."""
+        restored = self._checkpointer.restore(self._checkpoint_target)
+        if restored is None:
+            state = self._begin()
+            return state, Progress(), {}
+        record = restored.record
+        self._telemetry.restore(record["telemetry"])
+        self._queue.load_state_dict(record["queue"], version=restored.step)
+        self._before = record["evaluation_before"]
+        self._screen.message(f"continuing {self._workdir} after update {restored.step}")
+        if self._before is not None:
+            self._screen.evaluated(self._before, update=0)
+        progress = Progress(
+            version=restored.step,
+            skipped_in_a_row=record["skipped_in_a_row"],
+            groups={
+                name: {"next_segment": segment, "end_state": restored.arrays["groups"][name]}
+                for name, segment in record["segments"].items()
+            },
+        )
+        return restored.arrays["state"], progress, _snapshots(restored)
+
+    def _checkpoint_target(self, record: dict[str, Any]) -> Any:
+        """Structure, shapes, dtypes and placement that a checkpoint must have."""
+        params = self._parts.blueprint.params_struct()
+        struct = jax.eval_shape(lambda p: init_state(p, self._optimizer), params)
+        state = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), struct, self._placed
+        )
+        group = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self._groups.state_struct())
+        return {"state": state, "groups": dict.fromkeys(record["segments"], group)}
+
+    def _begin(self) -> TrainState:
+        """Fresh parameters, the warm start, and the evaluation before RL."""
+        params = self._parts.fresh_params(self._placed.params)
+        if self.config.warm_start.num_steps:
+            params = self._warm_start(params)
+        init = jax.jit(lambda p: init_state(p, self._optimizer), out_shardings=self._placed)
+        return init(params)
+
+    def _warm_start(self, params: Params) -> Params:
+        config, root = self.config.warm_start, self._parts.root
+        with self._screen.phase(f"demonstrations ({config.num_episodes} scripted episodes)"):
+            demonstrations = self._groups.demonstrator.collect(config.num_episodes, root)
+        functions, optimizer, placed = self._parts.train_functions(config.optimizer)
+        state = jax.jit(lambda p: init_state(p, optimizer), out_shardings=placed)(params)
+        samples = config.num_steps * config.batch_size
+        with self._screen.phase(
+            f"warm start ({config.num_steps} steps, {samples} of {len(demonstrations)} samples)"
+        ):
+            trained = warm_start(
+                functions,
+                state,
+                demonstrations,
+                config=config,
+                key=rng.stream(root, "warm_start"),
+                seed=self.config.seed,
+                should_stop=self._stop_requested.is_set,
+            )
+        if trained is None:
+            raise StoppedError
+        state, loss = trained
+        self._screen.message(f"warm start loss {loss:.3f}")
+        return state.params
+
+    # ------------------------------------------------------------------- the programs
+
+    def _learner(
+        self, state: TrainState, progress: Progress, snapshots: dict[str, GroupSnapshot]
+    ) -> Learner:
+        self._snapshots = snapshots
+        return Learner(
+            functions=self._functions,
+            state=state,
+            progress=progress,
+            queue=self._queue,
+            store=self._store,
+            key=rng.stream(self._parts.root, "learning"),
+            learning=self.config.learning,
+            schedule=self.config.schedule,
+            algorithm=self.config.algorithm,
+            recorder=self._telemetry.recorder,
+            meter=self._telemetry.meters["learning"],
+            on_update=self._on_update,
+        )
+
+    def _train(self, learner: Learner) -> None:
+        """Evaluates the starting point, then runs the programs until the learner ends."""
+        batcher = self._batcher()
+        server = PolicyServer(
+            sampler=self._parts.sampler,
+            batcher=batcher,
+            subscribe=lambda wake: self._store.subscribe(
+                "server_0", self._parts.sampler.params_shardings, wake
+            ),
+            recorder=self._telemetry.recorder,
+            meter=self._telemetry.meters["serving"],
+        )
+        learner.publish_current()
+        if learner.progress.version == 0:
+            self._before = self._evaluate(learner, is_final=False)
+            self._save(learner)
+        if learner.progress.version >= self.config.learning.num_updates:
+            return
+        groups = self._groups.training()
+        simulator = Simulator(
+            groups=groups,
+            clients=[InferenceClient(batcher, group.name) for group in groups],
+            queue=self._queue,
+            key=rng.stream(self._parts.root, "simulator", 0),
+            segment_length=self.config.simulation.segment_length,
+            overlap_rollout=self.config.schedule.overlap_rollout,
+            recorder=self._telemetry.recorder,
+            meter=self._telemetry.meters["simulation"],
+        )
+        simulator.restore(self._snapshots)
+        self._telemetry.begin_training()
+        programs = (server, simulator, learner)
+        try:
+            LocalRuntime(self._stop_requested).run(
+                programs, self._telemetry.meters, learner, self.config.runtime.grace_s / 2
+            )
+        finally:
+            self._queue.close("shutdown")
+            self._store.close()
+            for program in programs:
+                program.close()
+
+    def _batcher(self) -> Batcher:
+        """Dynamic batching, or lockstep: one batch when every client has asked."""
+        serving, simulation = self.config.serving, self.config.simulation
+        total = simulation.envs_per_group * simulation.num_groups
+        is_dynamic = self.config.schedule.overlap_rollout
+        return Batcher(
+            trigger_rows=serving.trigger_size if is_dynamic else serving.max_batch,
+            max_wait_s=serving.max_wait_ms / 1e3 if is_dynamic else float("inf"),
+            max_rows=serving.max_batch,
+            capacity_rows=max(total, serving.max_batch),
+        )
+
+    def _on_update(self, learner: Learner) -> None:
+        """After every update, in the learner's thread: record, evaluation, checkpoint."""
+        version, config = learner.progress.version, self.config
+        evaluation: dict[str, Any] = {}
+        interval = config.evaluation.interval
+        if interval and version % interval == 0 and version < config.learning.num_updates:
+            evaluation = self._evaluate(learner, is_final=False) or {}
+        self._telemetry.record_update(
+            version=version,
+            staleness=learner.staleness,
+            bound=self._bound,
+            queue=self._queue,
+            store=self._store,
+            num_env_steps=learner.num_env_steps,
+            evaluation=evaluation,
+        )
+        learner.staleness, learner.num_env_steps = [], 0
+        if version % config.checkpoint.interval == 0:
+            self._save(learner)
+
+    def _evaluate(self, learner: Learner, *, is_final: bool) -> dict[str, Any] | None:
+        """The deterministic policy on the fixed episodes; videos of the final one."""
+        if not self.config.evaluation.num_episodes:
+            return None
+        params = jax.device_put(learner.state.params, self._parts.sampler.params_shardings)
+        version = learner.progress.version
+        with self._screen.phase(f"evaluate update {version}"):
+            videos = self._workdir / "videos" if is_final else None
+            result = self._evaluator.evaluate(params, videos)
+        if result is None:
+            raise StoppedError
+        record = result.record()
+        self._screen.evaluated(record, update=version)
+        return record
+
+    # -------------------------------------------------------------------- after training
+
+    def _save(self, learner: Learner) -> None:
+        """Writes a checkpoint of the present version."""
+        progress = learner.progress
+        arrays = {
+            "state": learner.state,
+            "groups": {name: where["end_state"] for name, where in progress.groups.items()},
+        }
+        self._checkpointer.save(
+            progress.version,
+            arrays,
+            {
+                "skipped_in_a_row": progress.skipped_in_a_row,
+                "segments": {n: where["next_segment"] for n, where in progress.groups.items()},
+                "queue": self._queue.state_dict(),
+                "telemetry": self._telemetry.state(),
+                "evaluation_before": self._before,
+            },
+        )
+
+    def _close_books(self, outcome: str, detail: str) -> None:
+        """The last lines on the screen, and summary.json."""
+        ledger = self._queue.ledger()
+        summary = RunSummary(
+            before=self._before,
+            after=self._after,
+            env_steps_per_s=self._telemetry.env_steps_per_s(),
+            activities=self._telemetry.activities(),
+            max_staleness=self._telemetry.max_staleness,
+            staleness_bound=self._bound,
+            workdir=self._workdir,
+            next_command=self._command + ("" if outcome == "stopped" else " --job=evaluate"),
+        )
+        self._telemetry.write_summary(
+            outcome=outcome, summary=summary, ledger=ledger, detail=detail
+        )
+        self._screen.final_summary(summary)
+
+
+def _failure(error: ProgramFailedError) -> tuple[str, str, int]:
+    """(outcome, detail, exit code) of a failed program."""
+    unsafe = isinstance(error.__cause__, (NonFiniteError, StalenessViolation))
+    outcome, code = ("unsafe", EXIT_UNSAFE) if unsafe else ("failed", EXIT_FAILED)
+    return outcome, str(error), code
+
+
+def _snapshots(restored: Restored) -> dict[str, GroupSnapshot]:
+    """Where each env group continues."""
+    return {
+        name: GroupSnapshot(next_segment=segment, end_state=restored.arrays["groups"][name])
+        for name, segment in restored.record["segments"].items()
+    }

@@ -1,0 +1,136 @@
+"""What --dry_run prints: the plan of a run, from shapes alone."""
+
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxvla import rng
+from jaxvla.algorithms import ALGORITHMS
+from jaxvla.config import to_dict
+from jaxvla.learning.optimizer import make_optimizer
+from jaxvla.learning.train_state import init_state
+from jaxvla.runtime.build import Blueprint, Parts
+from jaxvla.sharding import params_shardings, path_name
+from jaxvla.types import TrainingBatch
+
+_MIB = 2.0**20
+
+
+def plan_lines(blueprint: Blueprint) -> Iterator[str]:
+    """Lines of the plan: config, meshes, shardings, memory, batch arithmetic, bound."""
+    yield json.dumps(to_dict(blueprint.config), indent=2)
+    yield ""
+    yield from _mesh_lines(blueprint)
+    yield from _memory_lines(blueprint)
+    yield from _batch_lines(blueprint)
+    yield from _schedule_lines(blueprint)
+
+
+def _mesh_lines(blueprint: Blueprint) -> Iterator[str]:
+    layout = blueprint.layout
+    yield f"layout     {layout.text} ({layout.placement}), {jax.device_count()} devices present"
+    for role, where in layout.roles.items():
+        yield f"  {role:<11}{where}"
+
+
+def _memory_lines(blueprint: Blueprint) -> Iterator[str]:
+    """Parameters, optimizer state and saved activations, per learning device."""
+    parts, config = Parts(blueprint), blueprint.config
+    params = blueprint.params_struct()
+    mesh = parts.meshes["learning"]
+    optimizer = make_optimizer(config.optimizer, params)
+    state = jax.eval_shape(lambda p: init_state(p, optimizer), params)
+    placed = params_shardings(state, blueprint.policy.rules(), mesh, "learning")
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+    yield f"parameters {count:,} in {len(jax.tree.leaves(params))} leaves"
+    split = [
+        f"  {path_name(path)} {leaf.shape} {sharding.spec}"
+        for (path, leaf), sharding in zip(
+            jax.tree_util.tree_leaves_with_path(params),
+            jax.tree.leaves(placed.params),
+            strict=True,
+        )
+        if any(sharding.spec)
+    ]
+    yield f"  {len(split)} leaves are split over devices" + (":" if split else "")
+    yield from split
+    yield f"  parameters      {_mib(params, placed.params)} per learning device"
+    yield f"  optimizer state {_mib(state.opt_state, placed.opt_state)} per learning device"
+    rows = _minibatch_rows(blueprint)
+    saved = _activation_bytes(blueprint, rows) / mesh.size
+    yield f"  activations     {saved / _MIB:.1f} MiB per learning device ({rows} samples)"
+
+
+def _mib(tree: Any, placed: Any) -> str:
+    total = sum(
+        math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf, sharding in zip(jax.tree.leaves(tree), jax.tree.leaves(placed), strict=True)
+    )
+    return f"{total / _MIB:.1f} MiB"
+
+
+def _minibatch_rows(blueprint: Blueprint) -> int:
+    config = blueprint.config
+    per_update = (
+        config.learning.trajectories_per_update
+        * config.simulation.envs_per_group
+        * config.simulation.segment_length
+    )
+    return per_update // config.algorithm.num_minibatches
+
+
+def _activation_bytes(blueprint: Blueprint, rows: int) -> int:
+    """Bytes that the forward pass of one minibatch keeps for its backward pass."""
+    config, policy = blueprint.config, blueprint.policy
+    algorithm = ALGORITHMS.get(config.algorithm.name)(config.algorithm)
+    params, observation = blueprint.params_struct(), blueprint.observation_struct(rows)
+    keys = jax.eval_shape(lambda: jax.random.split(rng.root_key(0), rows))
+    sample = jax.eval_shape(lambda p, o, k: policy.act(p, o, k, True), params, observation, keys)
+    scalar = jax.ShapeDtypeStruct((rows,), jnp.float32)
+    batch = TrainingBatch(
+        observation=observation,
+        trace=sample.trace,
+        behavior_log_prob=scalar,
+        behavior_value=scalar,
+        advantage=scalar,
+        return_=scalar,
+        weight=scalar,
+    )
+
+    def residuals(params: Any, batch: TrainingBatch) -> Any:
+        return jax.vjp(lambda p: algorithm.loss(policy, p, batch)[0], params)[1]
+
+    saved = jax.eval_shape(residuals, params, batch)
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(saved))
+
+
+def _batch_lines(blueprint: Blueprint) -> Iterator[str]:
+    config = blueprint.config
+    simulation, learning = config.simulation, config.learning
+    samples = _minibatch_rows(blueprint) * config.algorithm.num_minibatches
+    yield (
+        f"batch      {learning.trajectories_per_update} trajectories x "
+        f"{simulation.envs_per_group} envs x {simulation.segment_length} chunk queries = "
+        f"{samples} samples per update, {samples * config.env.num_executed} control steps at most"
+    )
+    yield (
+        f"  {config.algorithm.num_epochs} epochs x {config.algorithm.num_minibatches} minibatches "
+        f"of {_minibatch_rows(blueprint)} samples"
+    )
+    yield (
+        f"serving    buckets {config.serving.buckets}, trigger {config.serving.trigger_size} rows, "
+        f"wait at most {config.serving.max_wait_ms} ms"
+    )
+
+
+def _schedule_lines(blueprint: Blueprint) -> Iterator[str]:
+    schedule = blueprint.config.schedule
+    switches = ("overlap_training", "overlap_rollout", "stream_microbatches")
+    states = ", ".join(f"{name} {'on' if getattr(schedule, name) else 'off'}" for name in switches)
+    yield f"schedule   {states}"
+    published = f"published every {schedule.publish_interval}"
+    yield f"staleness  bound {schedule.staleness_bound}, {published}"

@@ -1,0 +1,97 @@
+"""The local runtime: all programs as threads of this process.
+
+waits for   the learner to finish, any program to fail, or a request to stop
+unblocked by  the programs' threads, signals
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+
+from jaxvla.runtime.program import Program, ProgramState, ProgramThreads
+from jaxvla.telemetry.activity import ActivityMeter
+
+_LOG = logging.getLogger(__name__)
+
+
+class ProgramFailedError(RuntimeError):
+    """A program failed; `__cause__` is its exception."""
+
+    def __init__(self, role: str, cause: BaseException):
+        super().__init__(f"{role}: {type(cause).__name__}: {cause}")
+        self.role = role
+
+
+class LocalRuntime:
+    """Starts programs, waits, and stops them all when the first one ends or fails."""
+
+    def __init__(self, stop_requested: threading.Event):
+        """Args: an event that, once set, makes `run` stop everything and return."""
+        self._stop_requested = stop_requested
+        self._changed = threading.Condition()
+
+    def run(
+        self,
+        programs: Sequence[Program],
+        meters: dict[str, ActivityMeter],
+        main: Program,
+        grace_s: float,
+    ) -> None:
+        """Runs programs until `main` has ended.
+
+        Args:
+          programs: started in this order, stopped in reverse.
+          meters: role -> accounting.
+          main: the program whose end is the end of the run.
+          grace_s: seconds that threads get to end once told to stop.
+
+        Raises:
+          ProgramFailedError: one failed; all others were stopped.
+        """
+        running = [ProgramThreads(x, meters[x.role], self._notify) for x in programs]
+        main_threads = next(x for x in running if x.program is main)
+        for threads in running:
+            threads.start()
+        failed = self._wait(running, main_threads)
+        reason = self._reason(failed)
+        for threads in reversed(running):
+            threads.program.stop(reason)
+        deadline_s = time.monotonic() + grace_s
+        for threads in reversed(running):
+            if not threads.join(max(0.0, deadline_s - time.monotonic())):
+                _LOG.error("%s did not stop within %.0f s", threads.program.role, grace_s)
+        if failed is None:
+            failed = next((x for x in running if x.state is ProgramState.FAILED), None)
+        if failed is not None and failed.error is not None:
+            raise ProgramFailedError(failed.program.role, failed.error) from failed.error
+
+    def request_stop(self) -> None:
+        """Makes `run` stop everything; may be called from a signal handler's thread."""
+        self._stop_requested.set()
+        self._notify(None)
+
+    def _notify(self, _: ProgramThreads | None) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _wait(self, running: list[ProgramThreads], main: ProgramThreads) -> ProgramThreads | None:
+        """Returns the program that failed first, or None when main ended or a stop was asked."""
+
+        def failed() -> ProgramThreads | None:
+            return next((x for x in running if x.state is ProgramState.FAILED), None)
+
+        def is_over() -> bool:
+            ended = main.state in (ProgramState.STOPPED, ProgramState.FAILED)
+            return ended or failed() is not None or self._stop_requested.is_set()
+
+        with self._changed:
+            # The signal handler cannot take the lock, so a stop is also looked for regularly.
+            while not is_over():
+                self._changed.wait(timeout=0.2)
+        return failed()
+
+    def _reason(self, failed: ProgramThreads | None) -> str:
+        if failed is not None:
+            return "failure"
+        return "shutdown" if self._stop_requested.is_set() else "finished"

@@ -1,0 +1,178 @@
+"""Everything a training run reports, in one place: meters, records, screen, files."""
+
+import contextlib
+import json
+import pathlib
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxvla.layout import ROLES
+from jaxvla.telemetry import program_log
+from jaxvla.telemetry.activity import Activity, ActivityMeter
+from jaxvla.telemetry.metrics import MetricRecorder, Number, Record
+from jaxvla.telemetry.progress import RunSummary, Screen
+from jaxvla.telemetry.tracing import NullTracer, Tracer
+from jaxvla.telemetry.writers import MetricWriter, RunInfo, open_writers, write_json
+from jaxvla.transport.base import Ledger, TrajectoryQueue, WeightStore
+
+SUMMARY_STATES = ("finished", "stopped", "failed", "unsafe")
+
+
+class Telemetry:
+    """Owns the recorder, one meter per role, the tracer and the metric writers of a run."""
+
+    def __init__(self, *, workdir: pathlib.Path, screen: Screen, is_tracing: bool):
+        self.workdir = workdir
+        self.screen = screen
+        self.recorder = MetricRecorder()
+        self.tracer = Tracer() if is_tracing else NullTracer()
+        self.meters = {role: ActivityMeter(role, tracer=self.tracer) for role in ROLES}
+        self.last_record: Record = {}
+        self.max_staleness = 0
+        self._writers: list[MetricWriter] = []
+        self._start_s = time.monotonic()
+        self._earlier_s = 0.0
+        self._env_steps = 0
+        self._env_steps_s = 0.0
+
+    @property
+    def time_s(self) -> float:
+        """Seconds since the run began, earlier runs of the work directory included."""
+        return self._earlier_s + time.monotonic() - self._start_s
+
+    @contextlib.contextmanager
+    def open(self, run: RunInfo, extra_writers: tuple[str, ...]) -> Iterator[None]:
+        """Opens logs and metric writers while the block runs."""
+        with contextlib.ExitStack() as stack:
+            for role in (*ROLES, "runtime", "checkpoint", "evaluation"):
+                stack.enter_context(program_log(self.workdir, role))
+            self._writers = stack.enter_context(open_writers(run, extra_writers))
+            yield
+
+    def state(self) -> dict[str, Any]:
+        """Counters for a checkpoint."""
+        return {
+            "totals": self.recorder.totals(),
+            "time_s": self.time_s,
+            "max_staleness": self.max_staleness,
+            "env_steps": self._env_steps,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continues the counters of an earlier run."""
+        self.recorder.restore(state["totals"])
+        self._earlier_s = state["time_s"]
+        self.max_staleness = state["max_staleness"]
+
+    def begin_training(self) -> None:
+        """Starts the windows of rates and activities: compilation is not part of them."""
+        for meter in self.meters.values():
+            meter.snapshot()
+        self.recorder.flush(update=0, time_s=0.0, extra={})
+        self._training_start_s = time.monotonic()
+
+    def record_update(
+        self,
+        *,
+        version: int,
+        staleness: list[int],
+        bound: int,
+        queue: TrajectoryQueue,
+        store: WeightStore,
+        num_env_steps: int,
+        evaluation: Mapping[str, Number],
+    ) -> None:
+        """Writes the record of one learner update and shows it."""
+        self._env_steps += num_env_steps
+        self._env_steps_s = time.monotonic() - self._training_start_s
+        self.max_staleness = max(self.max_staleness, *staleness)
+        extra: Record = {**evaluation, **queue_record(queue.ledger())}
+        extra |= _staleness_record(staleness, bound)
+        weights = store.metrics()
+        extra |= {
+            "weights/publish_ms": weights.publish_ms,
+            "weights/pull_ms": weights.pull_ms,
+            "weights/bytes": weights.nbytes,
+        }
+        for role, meter in self.meters.items():
+            extra |= meter.snapshot().window.record(role)
+        record = self.recorder.flush(update=version, time_s=self.time_s, extra=extra)
+        for writer in self._writers:
+            writer.write(record)
+        self.last_record = record
+        self.screen.update(record)
+
+    def activities(self) -> dict[str, Activity]:
+        """Role -> activity over the training time of this process."""
+        return {role: meter.snapshot().total for role, meter in self.meters.items()}
+
+    def env_steps_per_s(self) -> float:
+        """Control steps consumed per second of training time of this process."""
+        return self._env_steps / self._env_steps_s if self._env_steps_s else float("nan")
+
+    def write_trace(self) -> None:
+        """Writes trace.json."""
+        self.tracer.write(self.workdir / "trace.json")
+
+    def write_summary(
+        self, *, outcome: str, summary: RunSummary, ledger: Ledger, detail: str
+    ) -> None:
+        """Writes summary.json; `outcome` is one of SUMMARY_STATES."""
+        activities = {
+            role: {
+                "busy_fraction": activity.busy_fraction,
+                "waiting_on": activity.waiting_fractions,
+            }
+            for role, activity in summary.activities.items()
+        }
+        write_json(
+            self.workdir / "summary.json",
+            {
+                "outcome": outcome,
+                "detail": detail,
+                "update": self.last_record.get("update"),
+                "time_s": self.time_s,
+                "env_steps_per_s": summary.env_steps_per_s,
+                "max_staleness": summary.max_staleness,
+                "staleness_bound": summary.staleness_bound,
+                "ledger_closes": ledger.is_balanced,
+                "evaluation_before": summary.before,
+                "evaluation_after": summary.after,
+                "utilisation": activities,
+                "totals": self.recorder.totals() | queue_record(ledger),
+                "last_record": self.last_record,
+            },
+        )
+
+
+def queue_record(ledger: Ledger) -> Record:
+    """The contract's counts of trajectories."""
+    record: Record = {
+        "queue/admitted": ledger.admitted,
+        "queue/completed": ledger.completed,
+        "queue/consumed": ledger.consumed,
+        "queue/dropped": ledger.dropped,
+        "queue/in_flight": ledger.in_flight,
+        "queue/depth": ledger.depth,
+    }
+    dropped = ledger.dropped_by_reason.items()
+    return record | {f"queue/dropped/{reason}": count for reason, count in dropped}
+
+
+def _staleness_record(staleness: list[int], bound: int) -> Record:
+    values = np.asarray(staleness, np.float64)
+    return {
+        "queue/staleness/min": int(values.min()),
+        "queue/staleness/mean": float(values.mean()),
+        "queue/staleness/p95": float(np.percentile(values, 95)),
+        "queue/staleness/max": int(values.max()),
+        "queue/staleness/bound": bound,
+    }
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """A JSON file's content, None when there is no such file."""
+    return json.loads(path.read_text()) if path.is_file() else None

@@ -1,0 +1,1 @@
+"""Programs that answer chunk queries, and what they are made of."""

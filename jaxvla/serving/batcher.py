@@ -1,0 +1,274 @@
+"""Dynamic batching of policy requests: which requests go into which forward pass. No jax.
+
+Consumes requests from the threads of the clients, produces batches for the one thread of the
+policy server. `next_batch` waits for a reason to fire and is unblocked by `submit`,
+`unregister`, `wake` and `close`; a client waits on the future of its request.
+
+A batch fires when any of these holds:
+  * the waiting rows, of all kinds, reach `trigger_rows`;
+  * the oldest waiting request is `max_wait_s` old;
+  * every registered client has a request waiting, so that nothing more can come;
+  * the oldest waiting request was left behind by an earlier batch.
+It then takes everything queued of the oldest request's kind, in order of arrival, up to
+`max_rows`. A request is never split, and none overtakes an older one of its kind.
+
+With `trigger_rows` = the rows of all clients and `max_wait_s` = inf this is lockstep: a batch
+fires when all have asked, and serves everybody. If they ask for different kinds, the batches
+of the other kinds follow without waiting for anyone.
+
+Clients are closed-loop: one request at a time, the next one after the answer. A client that
+is about to wait for anything else (such as a ticket) unregisters for that time, because
+others may wait for its request.
+"""
+
+import math
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class Busy(RuntimeError):  # noqa: N818 - an answer to the client, not a defect
+    """The request was refused because too many rows are waiting. Try again later."""
+
+
+class BatcherClosedError(RuntimeError):
+    """The policy server has stopped; the message says why."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Request:
+    """One client's query for `rows` rows."""
+
+    rows: int
+    """Batch entries; one row is one env's query."""
+    client: str
+    kind: str
+    """Which function is asked for, such as "sample" or "value"."""
+    payload: Any
+    submitted_s: float
+    """Clock reading at submission."""
+    number: int
+    """Order of arrival, from 0."""
+    future: Future = field(default_factory=Future)
+    """Set by whoever runs the batch."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """Requests for one forward pass, all of one kind, oldest first."""
+
+    kind: str
+    requests: tuple[Request, ...]
+    waits_s: tuple[float, ...]
+    """Seconds from submission to firing, per request."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of all requests."""
+        return sum(request.rows for request in self.requests)
+
+
+class Batcher:
+    """Queue of requests with the firing rules of the module docstring. Thread-safe.
+
+    Args:
+      trigger_rows: waiting rows that start a batch at once.
+      max_wait_s: longest time that the oldest waiting request is held back; may be inf.
+      max_rows: rows per batch.
+      capacity_rows: waiting rows beyond which `submit` refuses.
+      clock: monotonic seconds.
+
+    Raises:
+      ValueError: unless 1 <= trigger_rows <= max_rows <= capacity_rows and max_wait_s >= 0.
+    """
+
+    def __init__(
+        self,
+        *,
+        trigger_rows: int,
+        max_wait_s: float,
+        max_rows: int,
+        capacity_rows: int,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        if not 1 <= trigger_rows <= max_rows <= capacity_rows:
+            raise ValueError(
+                f"need 1 <= trigger_rows <= max_rows <= capacity_rows, got {trigger_rows}, "
+                f"{max_rows}, {capacity_rows}"
+            )
+        if not max_wait_s >= 0:
+            raise ValueError(f"max_wait_s = {max_wait_s}, must be at least 0")
+        self._trigger_rows = trigger_rows
+        self._max_wait_s = max_wait_s
+        self._max_rows = max_rows
+        self._capacity_rows = capacity_rows
+        self.clock = clock
+        """Monotonic seconds; `Request.submitted_s` is measured with it."""
+        self._changed = threading.Condition()
+        self._clients: set[str] = set()
+        self._waiting: list[Request] = []
+        """In order of arrival."""
+        self._num_submitted = 0
+        self._num_due = 0
+        """Requests with a smaller number have been left behind by a batch."""
+        self._is_woken = False
+        self._closed_reason: str | None = None
+
+    @property
+    def is_closed(self) -> bool:
+        """True after `close`: `next_batch` will never return a batch again."""
+        with self._changed:
+            return self._closed_reason is not None
+
+    @property
+    def waiting_rows(self) -> int:
+        """Rows that wait to be batched."""
+        with self._changed:
+            return self._rows()
+
+    def register(self, client: str) -> None:
+        """Adds a live client. Others are held back for its requests.
+
+        Raises:
+          ValueError: the name is taken.
+        """
+        with self._changed:
+            if client in self._clients:
+                raise ValueError(f"client {client!r} is registered already")
+            self._clients.add(client)
+
+    def unregister(self, client: str) -> None:
+        """Removes a client and cancels what it has waiting.
+
+        Raises:
+          ValueError: no such client.
+        """
+        with self._changed:
+            if client not in self._clients:
+                raise ValueError(f"client {client!r} is not registered")
+            self._clients.remove(client)
+            orphans = [request for request in self._waiting if request.client == client]
+            self._waiting = [request for request in self._waiting if request.client != client]
+            self._changed.notify_all()
+        for request in orphans:
+            request.future.cancel()
+
+    def submit(self, *, rows: int, client: str, kind: str, payload: Any) -> Future:
+        """Queues a request; its future gets the answer, or an error, or is cancelled.
+
+        Raises:
+          ValueError: rows is not in [1, max_rows], or the client is not registered.
+          Busy: `capacity_rows` would be exceeded.
+          BatcherClosedError: after `close`.
+        """
+        if not 1 <= rows <= self._max_rows:
+            raise ValueError(f"a request of {rows} rows; a batch has 1 to {self._max_rows}")
+        with self._changed:
+            if self._closed_reason is not None:
+                raise BatcherClosedError(self._closed_reason)
+            if client not in self._clients:
+                raise ValueError(f"client {client!r} is not registered")
+            self._forget_cancelled()
+            if self._rows() + rows > self._capacity_rows:
+                raise Busy(f"{self._rows()} rows are waiting of at most {self._capacity_rows}")
+            request = Request(
+                rows=rows,
+                client=client,
+                kind=kind,
+                payload=payload,
+                submitted_s=self.clock(),
+                number=self._num_submitted,
+            )
+            self._num_submitted += 1
+            self._waiting.append(request)
+            self._changed.notify_all()
+        return request.future
+
+    def next_batch(self, timeout_s: float | None = None) -> Batch | None:
+        """Waits for a batch to fire. For one thread, the policy server's.
+
+        The futures of the batch are in state RUNNING, so clients can no longer cancel them.
+
+        Returns:
+          The batch, or None on time-out, after `wake`, or when closed.
+        """
+        with self._changed:
+            end_s = math.inf if timeout_s is None else self.clock() + timeout_s
+            while self._closed_reason is None:
+                now_s = self.clock()
+                batch = self._due_batch(now_s)
+                if batch is not None or self._is_woken or now_s >= end_s:
+                    self._is_woken = False
+                    return batch
+                wake_s = min(end_s, self._oldest_s() + self._max_wait_s)
+                self._changed.wait(None if wake_s == math.inf else max(0.0, wake_s - now_s))
+            return None
+
+    def wake(self) -> None:
+        """Makes the present or else the next `next_batch` return without waiting.
+
+        Meant for new weights: the server swaps them in although no request is due.
+        """
+        with self._changed:
+            self._is_woken = True
+            self._changed.notify_all()
+
+    def close(self, reason: str) -> None:
+        """Fails every waiting future with BatcherClosedError(reason) and wakes the server."""
+        with self._changed:
+            if self._closed_reason is None:
+                self._closed_reason = reason
+            waiting, self._waiting = self._waiting, []
+            self._changed.notify_all()
+        for request in waiting:
+            if request.future.set_running_or_notify_cancel():
+                request.future.set_exception(BatcherClosedError(reason))
+
+    def _due_batch(self, now_s: float) -> Batch | None:
+        """The batch that fires now, if any."""
+        self._forget_cancelled()
+        while self._is_due(now_s):
+            batch = self._fire(now_s)
+            # A client may cancel between the line above and the one that locks its future.
+            if batch.requests:
+                return batch
+        return None
+
+    def _is_due(self, now_s: float) -> bool:
+        """The firing rules."""
+        return bool(self._waiting) and (
+            self._rows() >= self._trigger_rows
+            or now_s >= self._oldest_s() + self._max_wait_s
+            or self._clients == {request.client for request in self._waiting}
+            or self._waiting[0].number < self._num_due
+        )
+
+    def _fire(self, now_s: float) -> Batch:
+        """Takes a batch of the oldest request's kind out of the queue."""
+        kind = self._waiting[0].kind
+        chosen: list[Request] = []
+        rest: list[Request] = []
+        rows = 0
+        for request in self._waiting:
+            if request.kind == kind:
+                rows += request.rows
+            # Once a request does not fit, younger ones of its kind must not overtake it.
+            fits = request.kind == kind and rows <= self._max_rows
+            (chosen if fits else rest).append(request)
+        self._waiting = rest
+        self._num_due = self._num_submitted
+        running = tuple(x for x in chosen if x.future.set_running_or_notify_cancel())
+        waits_s = tuple(now_s - request.submitted_s for request in running)
+        return Batch(kind=kind, requests=running, waits_s=waits_s)
+
+    def _forget_cancelled(self) -> None:
+        self._waiting = [request for request in self._waiting if not request.future.cancelled()]
+
+    def _rows(self) -> int:
+        return sum(request.rows for request in self._waiting)
+
+    def _oldest_s(self) -> float:
+        return self._waiting[0].submitted_s if self._waiting else math.inf

@@ -1,0 +1,168 @@
+"""PolicyServer: answers chunk queries with the newest weights it has.
+
+consumes    requests from the batcher; weights from its subscription
+produces    answers (actions, log-probs, values, policy version)
+waits for   a batch to fire
+unblocked by  clients' requests, a new weight version, close
+"""
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxvla.serving.batcher import Batch, Batcher
+from jaxvla.serving.client import Answer
+from jaxvla.serving.sampling import Sampler
+from jaxvla.telemetry.activity import ActivityMeter
+from jaxvla.telemetry.metrics import Distribution, Mean, MetricRecorder, Rate, Total
+from jaxvla.transport.base import WeightSubscription
+from jaxvla.types import Params
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass
+class _Weights:
+    """The weights in use; replaced as a whole between batches."""
+
+    version: int
+    params: Params
+
+
+class PolicyServer:
+    """One policy server. `run` is its only thread."""
+
+    role = "serving"
+
+    def __init__(
+        self,
+        *,
+        sampler: Sampler,
+        batcher: Batcher,
+        subscribe: Callable[[Callable[[], None]], WeightSubscription],
+        recorder: MetricRecorder,
+        meter: ActivityMeter,
+    ):
+        """Args:
+        sampler: compiled before `run`.
+        batcher: where requests wait.
+        subscribe: makes the weight subscription from a wake-up callback.
+        recorder: metrics.
+        meter: busy / wait accounting.
+        """
+        self._sampler = sampler
+        self._batcher = batcher
+        self._subscription = subscribe(batcher.wake)
+        self._recorder = recorder
+        self._meter = meter
+        self._weights: _Weights | None = None
+        self._compilations = _CompilationCounter()
+
+    def threads(self) -> dict[str, Callable[[], None]]:
+        """Thread name -> function, for the runtime to start."""
+        return {"server": self.run}
+
+    def run(self) -> None:
+        """Serves until the batcher is closed."""
+        self._recorder.add("serving/recompiles", 0, Total)
+        with self._compilations.watching():
+            while not self._batcher.is_closed:
+                self._swap_weights()
+                with self._meter.waiting("requests"):
+                    batch = self._batcher.next_batch()
+                if batch is not None:
+                    self._serve(batch)
+
+    def stop(self, reason: str) -> None:
+        """Fails waiting requests and ends `run`."""
+        self._batcher.close(reason)
+
+    def close(self) -> None:
+        """Ends the weight subscription."""
+        self._subscription.close()
+
+    def _swap_weights(self) -> None:
+        pulled = self._subscription.poll()
+        if pulled is None:
+            return
+        version, params = pulled
+        self._weights = _Weights(version=version, params=params)
+        self._subscription.acknowledge(version)
+
+    def _serve(self, batch: Batch) -> None:
+        weights = self._weights
+        if weights is None:
+            raise RuntimeError("a request arrived before the first weights were published")
+        try:
+            with self._meter.busy("infer"):
+                queries = [request.payload for request in batch.requests]
+                keys = np.concatenate([query.keys for query in queries])
+                observations = [query.observation for query in queries]
+                result, bucket = self._sampler.run(batch.kind, weights.params, observations, keys)
+        except BaseException as error:
+            for request in batch.requests:
+                request.future.set_exception(error)
+            raise
+        parts = _split_rows(result, [request.rows for request in batch.requests])
+        # Metrics first: once its answer is there, a client may close the books of an update.
+        self._record(batch, bucket)
+        for request, part in zip(batch.requests, parts, strict=True):
+            request.future.set_result(Answer(result=part, policy_version=weights.version))
+
+    def _record(self, batch: Batch, bucket: int) -> None:
+        add = self._recorder.add
+        waits_ms = 1e3 * np.asarray(batch.waits_s)
+        now_s = self._batcher.clock()
+        latency_ms = [1e3 * (now_s - request.submitted_s) for request in batch.requests]
+        add("serving/queue_wait_ms", waits_ms, Distribution)
+        add("serving/latency_ms", latency_ms, Distribution)
+        add("serving/batch_fill", batch.rows / bucket, Mean)
+        add("serving/recompiles", self._compilations.take(), Total)
+        if batch.kind == "explore":
+            add("rate/chunk_queries_per_s", batch.rows, Rate)
+
+
+class _CompilationCounter:
+    """Counts XLA compilations that happen in the serving thread once it serves."""
+
+    _EVENT = "/jax/core/compile/backend_compile_duration"
+
+    def __init__(self) -> None:
+        self._thread: int | None = None
+        self._count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def watching(self) -> "_CompilationCounter":
+        """Counts in the calling thread from now on, until the block ends."""
+        return self
+
+    def __enter__(self) -> None:
+        self._thread = threading.get_ident()
+
+    def __exit__(self, *exception: Any) -> None:
+        self._thread = None
+
+    def _listen(self, event: str, duration_s: float, **_: Any) -> None:
+        if event == self._EVENT and threading.get_ident() == self._thread:
+            self._count += 1
+            _LOG.warning("compiled for %.1f s while serving", duration_s)
+
+    def take(self) -> int:
+        """Compilations since the last call."""
+        count, self._count = self._count, 0
+        return count
+
+
+def _split_rows(result: Any, sizes: list[int]) -> list[Any]:
+    """Cuts a batched numpy pytree into parts of the given sizes along the first axis."""
+    parts, start = [], 0
+    for size in sizes:
+        rows = slice(start, start + size)
+        parts.append(jax.tree.map(lambda x, rows=rows: x[rows], result))
+        start += size
+    return parts

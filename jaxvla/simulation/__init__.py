@@ -1,0 +1,1 @@
+"""Programs that step environments, and what they are made of."""

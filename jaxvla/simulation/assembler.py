@@ -1,0 +1,154 @@
+"""Builds one trajectory of an env group, chunk by chunk."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxvla.types import ChunkResult, Observation, PolicySample, Trajectory
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EpisodeStats:
+    """Episodes that ended inside a segment; arrays [n]."""
+
+    task: np.ndarray
+    """int32, task id."""
+    success: np.ndarray
+    """bool."""
+    return_: np.ndarray
+    """float32, undiscounted."""
+    length: np.ndarray
+    """int32, control steps."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SegmentInfo:
+    """Host record that travels with a trajectory."""
+
+    group: str
+    """Name of the env group."""
+    next_segment: int
+    """Counter of the group's next segment."""
+    end_state: Any
+    """The group's state after the segment, from which a restart continues."""
+    episodes: EpisodeStats
+    num_env_steps: int
+    """Control steps executed."""
+    num_queries: int
+    """Chunk queries, one per env and chunk step."""
+    num_invalid: int
+    """Samples lost to non-finite worlds or dead simulators."""
+
+
+@dataclass(kw_only=True)
+class SegmentAssembler:
+    """Collects T chunk steps of a group."""
+
+    _observations: list[Observation] = field(default_factory=list)
+    _samples: list[PolicySample] = field(default_factory=list)
+    _versions: list[int] = field(default_factory=list)
+    _results: list[ChunkResult] = field(default_factory=list)
+    _final_observations: list[Observation] = field(default_factory=list)
+
+    def add(
+        self, observation: Observation, sample: PolicySample, version: int, result: ChunkResult
+    ) -> None:
+        """Appends one chunk step: what was read, what was sampled with which weights, what
+        happened. Small arrays come to the host, observations stay where they are."""
+        self._observations.append(observation)
+        self._samples.append(sample)
+        self._versions.append(version)
+        small = result.replace(observation=None, final_observation=None)
+        self._results.append(jax.device_get(small))
+        if self._results[-1].truncated.any():
+            self._final_observations.append(
+                jax.tree.map(
+                    lambda x: np.asarray(x)[self._results[-1].truncated], result.final_observation
+                )
+            )
+
+    def bootstrap_queries(self, following: Observation) -> list[Observation]:
+        """Observations whose value the trajectory needs but does not hold.
+
+        Args:
+          following: what the policy reads after the last step, [E].
+
+        Returns:
+          Parts of at most E rows: first `following`, then the final observations of truncated
+          episodes in order of time. Their values, in this order, go to `finish`.
+        """
+        num_envs = len(self._results[-1].reward)
+        queries = [following]
+        if self._final_observations:
+            final = jax.tree.map(lambda *x: np.concatenate(x), *self._final_observations)
+            total = len(final.state)
+            queries += [
+                jax.tree.map(lambda x, a=start: x[a : a + num_envs], final)
+                for start in range(0, total, num_envs)
+            ]
+        return queries
+
+    def finish(self, values: list[np.ndarray]) -> Trajectory:
+        """The trajectory, time-major.
+
+        Args:
+          values: float32 answers to `bootstrap_queries`, in its order.
+        """
+        results = jax.tree.map(lambda *x: np.stack(x), *self._results)
+        samples = jax.tree.map(lambda *x: np.stack(x), *self._samples)
+        bootstrap = np.zeros_like(results.reward)
+        bootstrap[-1] = values[0]
+        if len(values) > 1:
+            bootstrap[results.truncated] = np.concatenate(values[1:])
+        version = np.repeat(np.asarray(self._versions, np.int32)[:, None], bootstrap.shape[1], 1)
+        return Trajectory(
+            observation=_stack(self._observations),
+            trace=samples.trace,
+            behavior_log_prob=samples.log_prob,
+            value=samples.value,
+            reward=results.reward,
+            terminated=results.terminated,
+            # An invalid step cuts the trace like a time limit; it is not trained on itself.
+            truncated=results.truncated | results.invalid,
+            bootstrap_value=np.where(results.invalid, samples.value, bootstrap),
+            valid=~results.invalid,
+            policy_version=version,
+        )
+
+    def versions(self) -> tuple[int, int]:
+        """Oldest and newest version that made a sample."""
+        return min(self._versions), max(self._versions)
+
+    def episodes(self) -> EpisodeStats:
+        """Episodes that ended, in order of time."""
+        results = jax.tree.map(lambda *x: np.stack(x), *self._results)
+        ended = results.terminated | results.truncated
+        return EpisodeStats(
+            task=results.task[ended],
+            success=results.success[ended],
+            return_=results.episode_return[ended],
+            length=results.episode_steps[ended],
+        )
+
+    def counts(self) -> tuple[int, int, int]:
+        """(control steps, chunk queries, invalid samples)."""
+        return (
+            int(sum(result.num_steps.sum() for result in self._results)),
+            int(sum(len(result.reward) for result in self._results)),
+            int(sum(result.invalid.sum() for result in self._results)),
+        )
+
+
+@jax.jit
+def _stack_on_device(observations: list[Observation]) -> Observation:
+    return jax.tree.map(lambda *x: jnp.stack(x), *observations)
+
+
+def _stack(observations: list[Observation]) -> Observation:
+    """Time-major stack, on the device that holds the parts or on the host."""
+    if isinstance(observations[0].state, np.ndarray):
+        return jax.tree.map(lambda *x: np.stack(x), *observations)
+    return _stack_on_device(observations)

@@ -1,0 +1,245 @@
+"""Simulator: steps env groups and turns their experience into trajectories.
+
+consumes    tickets from the trajectory queue; answers from a policy server
+produces    trajectories [T, E], one per ticket
+waits for   a ticket ("learner"), then per chunk an answer ("inference")
+unblocked by  the learner's progress (credit), the policy server, close of the queue
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxvla import rng
+from jaxvla.serving.batcher import BatcherClosedError
+from jaxvla.serving.client import Answer, InferenceClient
+from jaxvla.serving.sampling import row_keys
+from jaxvla.simulation.assembler import SegmentAssembler, SegmentInfo
+from jaxvla.simulation.group import Cursor, EnvGroup
+from jaxvla.telemetry.activity import ActivityMeter
+from jaxvla.telemetry.metrics import MetricRecorder, Total
+from jaxvla.transport.base import Ticket, TrajectoryQueue
+from jaxvla.types import Observation
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupSnapshot:
+    """Where a restart continues a group."""
+
+    next_segment: int
+    end_state: Any
+
+
+@dataclass(kw_only=True)
+class _Lane:
+    """One env group with its way to the policy server."""
+
+    group: EnvGroup
+    client: InferenceClient
+    key: jax.Array
+    """Typed root key of the group's sampling noise."""
+    segment: int = 0
+    observation: Observation | None = None
+
+
+class _StoppedError(Exception):
+    """The queue or the policy server was closed: leave quietly."""
+
+
+class Simulator:
+    """One simulator program with several env groups.
+
+    With `overlap_rollout` every group has a thread of its own and asks for inference when it
+    is ready. Without, one thread moves all groups in lockstep: admit all, then per chunk ask
+    for all, wait for all, step all. Both run the same segment code on a list of groups.
+    """
+
+    role = "simulation"
+
+    def __init__(
+        self,
+        *,
+        groups: list[EnvGroup],
+        clients: list[InferenceClient],
+        queue: TrajectoryQueue,
+        key: jax.Array,
+        segment_length: int,
+        overlap_rollout: bool,
+        recorder: MetricRecorder,
+        meter: ActivityMeter,
+    ):
+        """Args:
+        groups: env groups.
+        clients: one per group.
+        queue: where trajectories go.
+        key: typed root key of the simulator.
+        segment_length: chunk steps T per trajectory.
+        overlap_rollout: see the class docstring.
+        recorder: metrics.
+        meter: busy / wait accounting.
+        """
+        self._lanes = [
+            _Lane(group=group, client=client, key=rng.stream(key, "sampling", index))
+            for index, (group, client) in enumerate(zip(groups, clients, strict=True))
+        ]
+        self._queue = queue
+        self._segment_length = segment_length
+        self._overlap_rollout = overlap_rollout
+        self._recorder = recorder
+        self._meter = meter
+
+    def restore(self, snapshots: dict[str, GroupSnapshot]) -> None:
+        """Continues groups from snapshots by group name; call before the threads start."""
+        for lane in self._lanes:
+            snapshot = snapshots.get(lane.group.name)
+            if snapshot is not None:
+                lane.segment = snapshot.next_segment
+                lane.observation = lane.group.load_state(snapshot.end_state)
+
+    def threads(self) -> dict[str, Callable[[], None]]:
+        """Thread name -> function, for the runtime to start."""
+        if not self._overlap_rollout:
+            return {"all groups": functools.partial(self.run, self._lanes)}
+        return {lane.group.name: functools.partial(self.run, [lane]) for lane in self._lanes}
+
+    def run(self, lanes: list[_Lane]) -> None:
+        """Makes trajectories until the queue closes."""
+        try:
+            with self._meter.busy("reset"):
+                for lane in lanes:
+                    if lane.observation is None:
+                        lane.observation = lane.group.reset(Cursor(segment=lane.segment))
+            while True:
+                self._segment(lanes, self._admit(lanes))
+        except _StoppedError:
+            return
+
+    def stop(self, reason: str) -> None:
+        """Nothing of its own to wake: threads end when queue and batcher are closed."""
+
+    def close(self) -> None:
+        """Frees the groups' processes."""
+        for lane in self._lanes:
+            lane.group.close()
+
+    def _admit(self, lanes: list[_Lane]) -> list[Ticket]:
+        tickets = []
+        with self._meter.waiting("learner"):
+            for lane in lanes:
+                ticket = self._queue.admit(lane.group.name)
+                if ticket is None:
+                    raise _StoppedError
+                tickets.append(ticket)
+        return tickets
+
+    def _segment(self, lanes: list[_Lane], tickets: list[Ticket]) -> None:
+        """One trajectory per lane. A failure gives the tickets back before it goes on."""
+        for lane in lanes:
+            lane.client.join()
+        try:
+            assemblers = [SegmentAssembler() for _ in lanes]
+            for chunk in range(self._segment_length):
+                self._chunk(lanes, assemblers, chunk)
+            values = self._bootstrap(lanes, assemblers)
+        except BaseException as error:
+            reason = "shutdown" if isinstance(error, _StoppedError) else "simulator_failed"
+            for ticket in tickets:
+                self._queue.fail(ticket, reason)
+            raise
+        finally:
+            for lane in lanes:
+                lane.client.leave()
+        for lane, ticket, assembler, answers in zip(
+            lanes, tickets, assemblers, values, strict=True
+        ):
+            self._put(lane, ticket, assembler, answers)
+
+    def _chunk(self, lanes: list[_Lane], assemblers: list[SegmentAssembler], chunk: int) -> None:
+        """One chunk step of every lane: ask for all, wait for all, step all."""
+        futures = []
+        for lane in lanes:
+            key = rng.stream(lane.key, "explore", lane.segment, chunk)
+            keys = row_keys(key, lane.group.num_envs)
+            futures.append(self._submit(lane, "explore", lane.observation, keys))
+        answers = [self._wait(future) for future in futures]
+        for lane, assembler, answer in zip(lanes, assemblers, answers, strict=True):
+            with self._meter.busy("simulate"):
+                cursor = Cursor(segment=lane.segment, chunk=chunk)
+                result = lane.group.step_chunk(answer.result.actions, cursor)
+            assembler.add(lane.observation, answer.result, answer.policy_version, result)
+            lane.observation = result.observation
+
+    def _bootstrap(
+        self, lanes: list[_Lane], assemblers: list[SegmentAssembler]
+    ) -> list[list[np.ndarray]]:
+        """Values that the trajectories need beyond their own, by lane.
+
+        Clients are closed-loop, one request at a time; the first query of every lane goes out
+        together, further ones (many time limits in one segment) follow one by one.
+        """
+        queries = [
+            assembler.bootstrap_queries(lane.observation)
+            for lane, assembler in zip(lanes, assemblers, strict=True)
+        ]
+        values: list[list[np.ndarray]] = [[] for _ in lanes]
+        for index in range(max(len(parts) for parts in queries)):
+            asking = [i for i, parts in enumerate(queries) if index < len(parts)]
+            futures = [
+                self._submit(lanes[i], "value", queries[i][index], _no_keys(queries[i][index]))
+                for i in asking
+            ]
+            for i, future in zip(asking, futures, strict=True):
+                values[i].append(self._wait(future).result)
+        return values
+
+    def _put(
+        self, lane: _Lane, ticket: Ticket, assembler: SegmentAssembler, values: list[np.ndarray]
+    ) -> None:
+        trajectory = assembler.finish(values)
+        num_env_steps, num_queries, num_invalid = assembler.counts()
+        oldest, newest = assembler.versions()
+        lane.segment += 1
+        info = SegmentInfo(
+            group=lane.group.name,
+            next_segment=lane.segment,
+            end_state=lane.group.state(),
+            episodes=assembler.episodes(),
+            num_env_steps=num_env_steps,
+            num_queries=num_queries,
+            num_invalid=num_invalid,
+        )
+        self._recorder.add("faults/nan_worlds", num_invalid, Total)
+        self._queue.put(
+            ticket,
+            trajectory,
+            policy_version_min=oldest,
+            policy_version_max=newest,
+            nbytes=sum(x.nbytes for x in jax.tree.leaves(trajectory)),
+            info=info,
+        )
+
+    def _submit(self, lane: _Lane, kind: str, observation: Any, keys: np.ndarray) -> Future:
+        try:
+            return lane.client.submit(kind, observation, keys)
+        except BatcherClosedError as error:
+            raise _StoppedError from error
+
+    def _wait(self, future: Future) -> Answer:
+        try:
+            with self._meter.waiting("inference"):
+                return future.result()
+        except (BatcherClosedError, CancelledError) as error:
+            raise _StoppedError from error
+
+
+def _no_keys(observation: Observation) -> np.ndarray:
+    """The value pass draws nothing; its rows carry empty keys."""
+    return np.zeros((len(observation.state), 2), np.uint32)

@@ -1,0 +1,429 @@
+"""Transport between the threads of one process.
+
+InProcessQueue: simulators wait for a ticket and are unblocked by the learner's progress (a
+swapped-in version or a failure gives credit); the learner waits for trajectories and is
+unblocked by `put`. InProcessWeightStore: the learner publishes and never waits for a server;
+servers pull when they like and unblock the simulators by acknowledging.
+"""
+
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxvla.transport.base import (
+    Ledger,
+    QueueItem,
+    Ticket,
+    TrajectoryQueue,
+    WeightMetrics,
+    WeightStore,
+    WeightSubscription,
+)
+from jaxvla.transport.staleness import CreditRule, TicketBook
+from jaxvla.types import Params
+
+T = TypeVar("T")
+
+
+class InProcessQueue(TrajectoryQueue):
+    """A queue behind one lock.
+
+    Tickets are given out in the order of the calls of `admit`, so no owner is starved.
+    Waiting threads sleep on a condition until something changes, their own time-out, or the
+    next lease runs out.
+
+    Args:
+      rule: constants of the staleness bound.
+      lease_s: age in seconds at which a ticket that was not put is failed; far above the
+        slowest healthy trajectory.
+      max_bytes: limit on what the queue may hold, see `TicketBook`; None for no limit.
+      clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        rule: CreditRule,
+        *,
+        lease_s: float = math.inf,
+        max_bytes: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._book = TicketBook(rule, lease_s=lease_s, max_bytes=max_bytes)
+        self._clock = clock
+        self._changed = threading.Condition()
+        self._line: deque[object] = deque()
+        """One token per thread that waits for a ticket, first come first."""
+        self._is_closed = False
+
+    def admit(self, owner: str, timeout_s: float | None = None) -> Ticket | None:
+        """See `TrajectoryQueue.admit`."""
+        turn = object()
+
+        def attempt(now_s: float) -> Ticket | None:
+            return self._book.admit(owner, now_s) if self._line[0] is turn else None
+
+        with self._changed:
+            self._line.append(turn)
+            try:
+                return self._wait(attempt, timeout_s)
+            finally:
+                self._line.remove(turn)
+                self._changed.notify_all()
+
+    def put(
+        self,
+        ticket: Ticket,
+        payload: Any,
+        *,
+        policy_version_min: int,
+        policy_version_max: int,
+        nbytes: int,
+        info: Any = None,
+    ) -> bool:
+        """See `TrajectoryQueue.put`."""
+        item = QueueItem(
+            ticket=ticket,
+            payload=payload,
+            policy_version_min=policy_version_min,
+            policy_version_max=policy_version_max,
+            nbytes=nbytes,
+            info=info,
+        )
+        with self._changed:
+            self._expire()
+            is_accepted = self._book.put(item)
+            self._changed.notify_all()
+        return is_accepted
+
+    def fail(self, ticket: Ticket, reason: str) -> bool:
+        """See `TrajectoryQueue.fail`."""
+        with self._changed:
+            self._expire()
+            has_failed = self._book.fail(ticket, reason)
+            self._changed.notify_all()
+        return has_failed
+
+    def fail_owner(self, owner: str, reason: str) -> int:
+        """See `TrajectoryQueue.fail_owner`."""
+        with self._changed:
+            self._expire()
+            num_failed = self._book.fail_owner(owner, reason)
+            self._changed.notify_all()
+        return num_failed
+
+    def take(
+        self, count: int, learner_version: int, timeout_s: float | None = None
+    ) -> list[QueueItem] | None:
+        """See `TrajectoryQueue.take`."""
+
+        def attempt(_: float) -> list[QueueItem] | None:
+            if self._book.drop_future(learner_version):
+                self._changed.notify_all()
+            return self._book.take(count, learner_version)
+
+        with self._changed:
+            return self._wait(attempt, timeout_s)
+
+    def advance(self, version: int) -> None:
+        """See `TrajectoryQueue.advance`."""
+        with self._changed:
+            self._book.advance(version)
+            self._changed.notify_all()
+
+    def close(self, reason: str) -> None:
+        """See `TrajectoryQueue.close`."""
+        with self._changed:
+            self._is_closed = True
+            self._book.drop_all(reason)
+            self._changed.notify_all()
+
+    def ledger(self) -> Ledger:
+        """See `TrajectoryQueue.ledger`."""
+        with self._changed:
+            self._expire()
+            return self._book.ledger()
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `TrajectoryQueue.state_dict`."""
+        with self._changed:
+            return self._book.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any], *, version: int) -> None:
+        """See `TrajectoryQueue.load_state_dict`."""
+        with self._changed:
+            self._book.load_state_dict(state, version)
+            self._changed.notify_all()
+
+    def _wait(self, attempt: Callable[[float], T | None], timeout_s: float | None) -> T | None:
+        """Repeats `attempt(now_s)` after every change until it gives a result, with the lock held.
+
+        Returns None on time-out or close.
+        """
+        end_s = math.inf if timeout_s is None else self._clock() + timeout_s
+        while not self._is_closed:
+            self._expire()
+            now_s = self._clock()
+            result = attempt(now_s)
+            if result is not None or now_s >= end_s:
+                return result
+            wake_s = min(end_s, self._book.next_deadline_s())
+            self._changed.wait(None if wake_s == math.inf else max(0.0, wake_s - now_s))
+        return None
+
+    def _expire(self) -> None:
+        if self._book.expire(self._clock()):
+            self._changed.notify_all()
+
+
+class InProcessWeightStore(WeightStore):
+    """A store that copies from the learner's devices to each server's.
+
+    Publishing has two phases: all copies are made and awaited first, then one short critical
+    section swaps the references, so a reader sees a whole version or the one before it, and a
+    copy that fails leaves the old version in place. The newest copy is kept for servers that
+    subscribe later; servers must therefore not donate what they pull.
+
+    Args:
+      on_acknowledged: called with the new `acknowledged_version` whenever it rises, without
+        locks held, so that calls of two threads may overtake each other. Meant for
+        `TrajectoryQueue.advance`.
+      clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        on_acknowledged: Callable[[int], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._on_acknowledged = on_acknowledged
+        self._clock = clock
+        self._publishing = threading.Lock()
+        """Serialises `publish` and `subscribe`; taken before `_changed`, held while copying."""
+        self._changed = threading.Condition()
+        """Guards everything below and in the subscriptions; never held while copying."""
+        self._subscriptions: dict[str, InProcessSubscription] = {}
+        self._newest: tuple[int, Params] | None = None
+        self._spec: dict[str, str] = {}
+        self._acknowledged_version: int | None = None
+        self._staged_s: dict[int, float] = {}
+        """When each version above the acknowledged one was staged."""
+        self._publish_ms = 0.0
+        self._pull_ms = 0.0
+        self._nbytes = 0
+        self._is_closed = False
+
+    @property
+    def latest_version(self) -> int | None:
+        """See `WeightStore.latest_version`."""
+        with self._changed:
+            return None if self._newest is None else self._newest[0]
+
+    @property
+    def acknowledged_version(self) -> int | None:
+        """See `WeightStore.acknowledged_version`."""
+        with self._changed:
+            return self._acknowledged_version
+
+    def subscribe(
+        self, name: str, shardings: Any, on_publish: Callable[[], None] | None = None
+    ) -> "InProcessSubscription":
+        """See `WeightStore.subscribe`."""
+        with self._publishing:
+            if name in self._subscriptions:
+                raise ValueError(f"a weight subscription named {name!r} is live")
+            subscription = InProcessSubscription(self, name, shardings, on_publish)
+            if self._newest is not None:
+                version, params = self._newest
+                subscription.staged = version, subscription.copy(params)
+            with self._changed:
+                self._subscriptions[name] = subscription
+        return subscription
+
+    def publish(self, version: int, params: Params) -> None:
+        """See `WeightStore.publish`."""
+        with self._publishing:
+            start_s = self._clock()
+            self._check(version, params)
+            with self._changed:
+                live = list(self._subscriptions.values())
+            copiers = [x.copy for x in live] or [
+                params_copier(jax.tree.map(lambda x: x.sharding, params))
+            ]
+            copies = jax.block_until_ready([copy(params) for copy in copiers])
+            self._stage(version, live, copies, start_s)
+        for subscription in live:
+            if subscription.on_publish is not None:
+                subscription.on_publish()
+
+    def wait_for(self, version: int, timeout_s: float | None = None) -> bool:
+        """See `WeightStore.wait_for`."""
+
+        def is_published() -> bool:
+            return self._newest is not None and self._newest[0] >= version
+
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_closed or is_published(), timeout_s)
+            return is_published()
+
+    def metrics(self) -> WeightMetrics:
+        """See `WeightStore.metrics`."""
+        with self._changed:
+            return WeightMetrics(
+                publish_ms=self._publish_ms, pull_ms=self._pull_ms, nbytes=self._nbytes
+            )
+
+    def close(self) -> None:
+        """See `WeightStore.close`."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+
+    def _check(self, version: int, params: Params) -> None:
+        """Refuses old versions and trees unlike the first, before anything is copied."""
+        if version < 0 or (self._newest is not None and version <= self._newest[0]):
+            raise ValueError(f"weights version {version} after {self.latest_version}")
+        spec = _spec_of(params)
+        if self._newest is None:
+            self._spec = spec
+        for name in sorted(self._spec.keys() | spec.keys()):
+            if self._spec.get(name) != spec.get(name):
+                raise ValueError(
+                    f"weights version {version}, leaf {name!r}: {spec.get(name, 'missing')}, but "
+                    f"{self._spec.get(name, 'no such leaf')} in the first version"
+                )
+
+    def _stage(
+        self,
+        version: int,
+        live: "list[InProcessSubscription]",
+        copies: list[Params],
+        start_s: float,
+    ) -> None:
+        """Second phase of a publication: hands copy i to subscription i, if there are any."""
+        with self._changed:
+            for subscription, params in zip(live, copies, strict=bool(live)):
+                subscription.staged = version, params
+            self._newest = version, copies[0]
+            self._staged_s[version] = self._clock()
+            self._publish_ms = 1e3 * (self._staged_s[version] - start_s)
+            self._nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(copies))
+            self._changed.notify_all()
+
+    def _settle(self) -> None:
+        """Raises `acknowledged_version` to what all live subscriptions have swapped in.
+
+        A newcomer that has swapped nothing in (-1) holds it where it is: what it will pull is
+        at least that new, but may be older than what the others have by then.
+        """
+        with self._changed:
+            swapped = [x.acknowledged_version for x in self._subscriptions.values()]
+            version = min(swapped, default=-1)
+            known = -1 if self._acknowledged_version is None else self._acknowledged_version
+            if version <= known:
+                return
+            self._acknowledged_version = version
+            self._pull_ms = 1e3 * (self._clock() - self._staged_s[version])
+            self._staged_s = {v: t for v, t in self._staged_s.items() if v > version}
+        if self._on_acknowledged is not None:
+            self._on_acknowledged(version)
+
+
+class InProcessSubscription(WeightSubscription):
+    """A subscription of an `InProcessWeightStore`, whose lock guards the attributes."""
+
+    def __init__(
+        self,
+        store: InProcessWeightStore,
+        name: str,
+        shardings: Any,
+        on_publish: Callable[[], None] | None,
+    ):
+        self._store = store
+        self.name = name
+        self.copy = params_copier(shardings)
+        self.on_publish = on_publish
+        self.staged: tuple[int, Params] | None = None
+        """Newest version that was not pulled."""
+        self.pulled_version = -1
+        self.acknowledged_version = -1
+
+    def poll(self) -> tuple[int, Params] | None:
+        """See `WeightSubscription.poll`."""
+        with self._store._changed:
+            pulled, self.staged = self.staged, None
+            if pulled is not None:
+                self.pulled_version = pulled[0]
+            return pulled
+
+    def acknowledge(self, version: int) -> None:
+        """See `WeightSubscription.acknowledge`."""
+        with self._store._changed:
+            if version != self.pulled_version:
+                raise ValueError(
+                    f"{self.name} acknowledges version {version}, pulled {self.pulled_version}"
+                )
+            self.acknowledged_version = version
+        self._store._settle()
+
+    def close(self) -> None:
+        """See `WeightSubscription.close`. Closing twice changes nothing."""
+        with self._store._changed:
+            if self._store._subscriptions.get(self.name) is self:
+                del self._store._subscriptions[self.name]
+            self.staged = None
+        self._store._settle()
+
+
+def params_copier(shardings: Any) -> Callable[[Params], Params]:
+    """Returns a function that copies parameters to `shardings` and never aliases its input.
+
+    `jax.device_put` returns the same buffers where a device already holds what is asked for,
+    and they die when the learner donates them. So wherever source and target share a device
+    the copy goes through a jitted `jnp.copy`, whose outputs are fresh buffers.
+
+    Args:
+      shardings: one sharding, or a pytree of them that matches the parameters.
+    """
+    clone = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)
+    targets = {_device_order(x) for x in jax.tree.leaves(shardings)}
+    devices = frozenset().union(*targets)
+
+    def copy(params: Params) -> Params:
+        sources = {_device_order(leaf.sharding) for leaf in jax.tree.leaves(params)}
+        if sources == targets:
+            return clone(params)
+        moved = jax.device_put(params, shardings)
+        return moved if devices.isdisjoint(*sources) else clone(moved)
+
+    return copy
+
+
+def _device_order(sharding: jax.sharding.Sharding) -> tuple[Any, ...]:
+    """Devices in mesh order: one jitted call takes arrays of a single order only."""
+    mesh = sharding.mesh if isinstance(sharding, jax.sharding.NamedSharding) else None
+    if isinstance(mesh, jax.sharding.Mesh):
+        return tuple(np.ravel(mesh.devices))
+    return tuple(sorted(sharding.device_set, key=lambda device: device.id))
+
+
+def _spec_of(params: Params) -> dict[str, str]:
+    """Leaf path such as "decoder/kernel" -> dtype and shape such as "float32[4,8]".
+
+    Raises:
+      ValueError: a leaf is no jax.Array.
+    """
+    spec = {}
+    for path, leaf in jax.tree.leaves_with_path(params):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if not isinstance(leaf, jax.Array):
+            raise ValueError(f"leaf {name!r} is a {type(leaf).__name__}, not a jax.Array")
+        spec[name] = f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+    return spec

@@ -1,0 +1,159 @@
+"""Values that cross module boundaries.
+
+Shape letters: T chunk steps, B batch, E envs, C cameras, h/w pixels, S state dim,
+N tokens, H action horizon, A action dim. `...` stands for any leading axes.
+Device values are flax.struct dataclasses; host values are plain dataclasses.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import flax.struct
+import jax
+
+Params = dict[str, Any]
+"""Nested dict of arrays."""
+
+
+@flax.struct.dataclass(kw_only=True)
+class Observation:
+    """What a policy reads at a chunk border, in raw (unnormalised) units."""
+
+    images: jax.Array
+    """uint8 [..., C, h, w, 3], RGB, row 0 at the top."""
+    image_mask: jax.Array
+    """bool [..., C], False where a camera is missing."""
+    state: jax.Array
+    """float32 [..., S], proprioception in the env's own units."""
+    tokens: jax.Array
+    """int32 [..., N], tokenised instruction, padded."""
+    token_mask: jax.Array
+    """bool [..., N], True where `tokens` holds a token."""
+
+
+@flax.struct.dataclass(kw_only=True)
+class EnvObservation:
+    """What an env shows at a chunk border. The env group turns it into an Observation."""
+
+    images: jax.Array
+    """uint8 [..., C, h, w, 3]."""
+    state: jax.Array
+    """float32 [..., S]."""
+    instruction: jax.Array
+    """int32 [...], index into `EnvSpec.instructions`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EnvSpec:
+    """Static description of an environment."""
+
+    cameras: tuple[str, ...]
+    """Names in the order of the C axis."""
+    image_size: int
+    """Pixels, images are square."""
+    state_dim: int
+    state_low: tuple[float, ...]
+    """Lower bound per state dimension, in its unit; what normalisation maps to -1."""
+    state_high: tuple[float, ...]
+    """Upper bound per state dimension; what normalisation maps to +1."""
+    action_dim: int
+    action_names: tuple[str, ...]
+    """One name per action dimension; actions are in [-1, 1]."""
+    tasks: tuple[str, ...]
+    """Task names, index = task id."""
+    instructions: tuple[str, ...]
+    """Every sentence an episode may carry, index = instruction id."""
+    max_episode_steps: tuple[int, ...]
+    """Time limit per task, in control steps."""
+    control_hz: float
+
+
+@flax.struct.dataclass(kw_only=True)
+class ChunkResult:
+    """Outcome of running one action chunk in every env of a group."""
+
+    observation: Observation
+    """[E], after the auto-reset of finished episodes: what the policy reads next."""
+    final_observation: Observation
+    """[E], before the reset; valid only where `truncated`."""
+    reward: jax.Array
+    """float32 [E], summed over the executed steps of the chunk."""
+    terminated: jax.Array
+    """bool [E], the episode ended by success or failure inside the chunk."""
+    truncated: jax.Array
+    """bool [E], the episode ended by its time limit (never together with terminated)."""
+    success: jax.Array
+    """bool [E], the episode that ended was a success."""
+    num_steps: jax.Array
+    """int32 [E], control steps executed in this chunk."""
+    episode_return: jax.Array
+    """float32 [E], undiscounted return so far, of the episode this chunk belongs to."""
+    episode_steps: jax.Array
+    """int32 [E], control steps so far, of the episode this chunk belongs to."""
+    task: jax.Array
+    """int32 [E], task id of the episode this chunk belongs to."""
+    invalid: jax.Array
+    """bool [E], the world went non-finite or its process died: not to be trained on."""
+
+
+@flax.struct.dataclass(kw_only=True)
+class PolicySample:
+    """One inference result. Leading axis B unless stated."""
+
+    actions: jax.Array
+    """float32 [B, H, A], in the env's units."""
+    trace: Any
+    """Pytree with leading axis B: what `Policy.log_prob` needs to score the sample."""
+    log_prob: jax.Array
+    """float32 [B], of the chunk under the weights that made it."""
+    value: jax.Array
+    """float32 [B]."""
+
+
+@flax.struct.dataclass(kw_only=True)
+class Trajectory:
+    """Fixed-length record of one env group, the unit of the queue.
+
+    Time-major [T, B] with T chunk queries and B = E envs. Episodes may end and
+    begin anywhere inside it.
+    """
+
+    observation: Observation
+    """[T, B, ...], read by the policy before it acted."""
+    trace: Any
+    """[T, B, ...], see `PolicySample.trace`."""
+    behavior_log_prob: jax.Array
+    """float32 [T, B]."""
+    value: jax.Array
+    """float32 [T, B], critic at acting time."""
+    reward: jax.Array
+    """float32 [T, B]."""
+    terminated: jax.Array
+    """bool [T, B]."""
+    truncated: jax.Array
+    """bool [T, B]."""
+    bootstrap_value: jax.Array
+    """float32 [T, B], value of the observation that followed; read only at truncated steps and
+    at the last step T-1."""
+    valid: jax.Array
+    """bool [T, B], False where the sample must not be trained on."""
+    policy_version: jax.Array
+    """int32 [T, B], weights that made the sample."""
+
+
+@flax.struct.dataclass(kw_only=True)
+class TrainingBatch:
+    """What a loss reads: samples with their targets, all [T, B, ...] or flattened [N, ...]."""
+
+    observation: Observation
+    trace: Any
+    behavior_log_prob: jax.Array
+    """float32, of the weights that acted."""
+    behavior_value: jax.Array
+    """float32, critic at acting time."""
+    advantage: jax.Array
+    """float32."""
+    return_: jax.Array
+    """float32, target of the critic."""
+    weight: jax.Array
+    """float32, 0 for samples that must not count, else 1."""

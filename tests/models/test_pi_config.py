@@ -1,0 +1,85 @@
+"""Resolving and refusing configs."""
+
+import dataclasses
+
+import pytest
+
+from jaxvla.config import ConfigError
+from jaxvla.models.pi_config import PiConfig, pi0_config, pi05_config, tiny_config
+from jaxvla.models.tokenizer import ByteTokenizer
+
+
+def resolve(config: PiConfig, spec, num_executed: int = 4) -> PiConfig:
+    return config.resolve(spec, num_executed=num_executed, tokenizer=ByteTokenizer())
+
+
+def test_resolve_fills_every_size_from_the_env(spec) -> None:
+    config = resolve(tiny_config(), spec)
+    sizes = (config.image_size, config.num_cameras, config.state_dim, config.action_dim)
+    assert sizes == (32, 2, 5, 3)
+    assert (config.log_prob_steps, config.log_prob_dims) == (4, 3)
+    # "reach the blue ball" is 19 bytes, plus BOS and the line break: 21, rounded up to 24.
+    assert config.max_tokens == 24
+    assert -1 not in dataclasses.astuple(config)
+
+
+def test_resolve_keeps_what_is_set(spec) -> None:
+    given = dataclasses.replace(
+        tiny_config(), max_tokens=21, state_dim=32, action_dim=32, log_prob_steps=2
+    )
+    config = resolve(given, spec)
+    kept = (config.max_tokens, config.state_dim, config.action_dim, config.log_prob_steps)
+    assert kept == (21, 32, 32, 2)
+    assert config.log_prob_dims == 3
+    assert given.image_size == -1  # the input is not changed
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_tokens", 20),
+        ("state_dim", 4),
+        ("action_dim", 2),
+        ("vocab_size", 259),
+        ("image_size", 64),
+        ("num_cameras", 3),
+        ("patch_size", 12),
+        ("vision_heads", 3),
+        ("num_kv_heads", 3),
+        ("head_dim", 15),
+        ("expert_width", 63),
+        ("log_prob_steps", 9),
+        ("log_prob_dims", 4),
+        ("time_conditioning", "film"),
+        ("state_input", "prompt"),
+        ("dtype", "float16"),
+        ("exploration", "noise"),
+        ("noise_level", 0.0),
+        ("num_denoise_steps", 0),
+        ("depth", 0),
+    ],
+)
+def test_impossible_settings_are_named(spec, field: str, value: int | str | float) -> None:
+    config = dataclasses.replace(tiny_config(), **{field: value})
+    with pytest.raises(ConfigError, match=rf"config\.model\.{field} = "):
+        resolve(config, spec)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"exploration": "cps"}, "ignore_last_step"),
+        ({"exploration": "cps", "ignore_last_step": True, "noise_level": 1.5}, "noise_level"),
+        ({"ignore_last_step": True, "num_denoise_steps": 1}, "num_denoise_steps"),
+    ],
+)
+def test_settings_that_exclude_each_other(spec, changes: dict, field: str) -> None:
+    with pytest.raises(ConfigError, match=rf"config\.model\.{field} = "):
+        resolve(dataclasses.replace(tiny_config(), **changes), spec)
+
+
+@pytest.mark.parametrize("make", [pi0_config, pi05_config])
+def test_openpi_presets_resolve_for_a_padded_env(spec, make) -> None:
+    big = dataclasses.replace(spec, image_size=224)
+    config = resolve(make(), big)
+    assert (config.state_dim, config.action_dim, config.log_prob_dims) == (32, 32, 3)
