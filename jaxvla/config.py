@@ -1,8 +1,9 @@
-"""Typed configuration: what a run is, and every check that needs no device.
+"""Typed configuration: what a run is.
 
 A config file returns an `ExperimentConfig` from `get_config()`. Plug-ins (env,
 model, algorithm) keep their own Config dataclass beside their code, as a subclass
-of the bases below. `validate` refuses what cannot work, `resolve` fills every -1.
+of the bases below. `jaxvla.validation` refuses what cannot work; every -1 is filled in
+when the run is planned.
 
 Rules that `ml_collections.config_flags` imposes here and in plug-in config modules:
 no postponed annotations, no Literal, not frozen. No jax.
@@ -10,19 +11,27 @@ no postponed annotations, no Literal, not frozen. No jax.
 
 import dataclasses
 import enum
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxvla.layout import Layout, LayoutError, parse_layout
+
+class UsageError(ValueError):
+    """What was asked for cannot work. The message is one line and says what to change."""
 
 
-class ConfigError(ValueError):
+class ConfigError(UsageError):
     """A bad setting. The message names the field, its value, what is allowed and the fix."""
 
     def __init__(self, name: str, value: Any, allowed: str, fix: str):
         super().__init__(f"config.{name} = {value!r}: {allowed}. Fix: {fix}")
         self.name = name
+
+
+def override(name: str, value: Any) -> str:
+    """The argument that changes a setting, quoted for a shell."""
+    return f"--config.{name}={shlex.quote(str(value))}"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -62,6 +71,10 @@ class AlgorithmConfig:
     def validate(self) -> None:
         """Raises ConfigError when a setting of the plug-in cannot work."""
 
+    def whole_batch_settings(self) -> tuple[str, ...]:
+        """Switches, now on, that need statistics of the whole batch of an update."""
+        return ()
+
 
 @dataclass(kw_only=True, slots=True)
 class OptimizerConfig:
@@ -78,8 +91,11 @@ class OptimizerConfig:
     final_fraction: float = 0.1
     """Rate at the end of the decay, as a fraction of the peak."""
     beta1: float = 0.9
+    """Decay of the mean of gradients, in [0, 1)."""
     beta2: float = 0.95
+    """Decay of the mean of squared gradients, in [0, 1)."""
     eps: float = 1e-8
+    """Added to the root of the mean square, against division by zero."""
     weight_decay: float = 0.0
     """Decoupled decay; never applied to frozen leaves."""
     clip_norm: float = 1.0
@@ -126,7 +142,8 @@ class ServingConfig:
     max_batch: int = -1
     """Rows per forward; -1: the envs of all groups."""
     buckets: tuple[int, ...] = ()
-    """Compiled batch sizes, ascending; empty: every multiple of a group's envs up to max_batch."""
+    """Compiled batch sizes, ascending, the last one at least max_batch; empty: every multiple of
+    a group's envs up to max_batch."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -168,7 +185,8 @@ class LearningConfig:
     trajectories_per_update: int = 2
     """Trajectories P consumed per update."""
     max_skipped_updates: int = 3
-    """Non-finite updates in a row after which the run stops with exit code 4."""
+    """Updates in a row with a gradient that was not finite, after which the run stops with exit
+    code 4."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -192,7 +210,7 @@ class CheckpointConfig:
     interval: int = 10
     """Updates between checkpoints; the last update is always saved."""
     keep: int = 2
-    """Newest steps kept, at least 2 (one may turn out corrupt)."""
+    """Newest steps kept, at least 2 (one may turn out damaged)."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -224,11 +242,15 @@ class ExperimentConfig:
     """A whole run."""
 
     name: str
+    """Names the default work directory, runs/NAME."""
     env: EnvConfig
+    """What is simulated: the config of an env plug-in."""
     model: ModelConfig
+    """What is trained: the config of a model plug-in."""
     algorithm: AlgorithmConfig
+    """How it is trained: the config of an algorithm plug-in."""
     seed: int = 0
-    """Root of every random stream."""
+    """Root of every random stream, in [0, 2**32)."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     simulation: SimulationConfig = field(default_factory=SimulationConfig)
@@ -240,218 +262,6 @@ class ExperimentConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
-
-
-def validate(config: ExperimentConfig) -> None:
-    """Checks everything that needs no device.
-
-    Raises:
-      ConfigError: the first setting found that cannot work.
-    """
-    config.env.validate()
-    config.algorithm.validate()
-    _validate_ranges(config)
-    layout = _validate_layout(config)
-    _validate_schedule(config)
-    _validate_batches(config, layout)
-
-
-def validate_devices(config: ExperimentConfig, num_devices: int) -> None:
-    """Checks that the layout fits the devices present.
-
-    Raises:
-      ConfigError: it needs more.
-    """
-    needed = parse_layout(config.meshes.layout).num_devices
-    if needed > num_devices:
-        raise ConfigError(
-            "meshes.layout",
-            config.meshes.layout,
-            f"needs {needed} devices, {num_devices} present",
-            f"--config.meshes.layout=colocated={num_devices}, or on CPU "
-            f"XLA_FLAGS=--xla_force_host_platform_device_count={needed}",
-        )
-
-
-_POSITIVE = (
-    "env.num_executed",
-    "model.action_horizon",
-    "algorithm.num_epochs",
-    "algorithm.num_minibatches",
-    "simulation.num_groups",
-    "simulation.envs_per_group",
-    "simulation.segment_length",
-    "schedule.publish_interval",
-    "learning.num_updates",
-    "learning.trajectories_per_update",
-    "learning.max_skipped_updates",
-    "warm_start.batch_size",
-    "warm_start.num_episodes",
-    "checkpoint.interval",
-    "optimizer.learning_rate",
-    "optimizer.value_learning_rate",
-    "optimizer.clip_norm",
-    "runtime.grace_s",
-)
-_NOT_NEGATIVE = (
-    "seed",
-    "schedule.max_staleness",
-    "serving.max_wait_ms",
-    "warm_start.num_steps",
-    "warm_start.noise_std",
-    "evaluation.num_episodes",
-    "evaluation.interval",
-    "evaluation.num_videos",
-    "optimizer.weight_decay",
-    "optimizer.warmup_steps",
-    "optimizer.decay_steps",
-)
-_PRECISIONS = ("default", "high", "highest")
-
-
-def _get(config: ExperimentConfig, name: str) -> Any:
-    value: Any = config
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
-
-
-def _require(config: ExperimentConfig, name: str, holds: bool, allowed: str, fix: Any) -> None:
-    """Raises ConfigError about `name` unless the condition holds."""
-    if not holds:
-        raise ConfigError(name, _get(config, name), allowed, f"--config.{name}={fix}")
-
-
-def _validate_ranges(config: ExperimentConfig) -> None:
-    for name in _POSITIVE:
-        _require(config, name, _get(config, name) > 0, "must be > 0", 1)
-    for name in _NOT_NEGATIVE:
-        _require(config, name, _get(config, name) >= 0, "must be >= 0", 0)
-    keep = config.checkpoint.keep
-    _require(config, "checkpoint.keep", keep >= 2, "must be >= 2: one may turn out corrupt", 2)
-    _require(config, "runtime.kind", config.runtime.kind == "local", "must be local", "local")
-    known = config.runtime.matmul_precision in _PRECISIONS
-    allowed = f"must be one of {', '.join(_PRECISIONS)}"
-    _require(config, "runtime.matmul_precision", known, allowed, "default")
-    horizon = config.model.action_horizon
-    _require(
-        config,
-        "env.num_executed",
-        config.env.num_executed <= horizon,
-        f"must be <= model.action_horizon = {horizon}",
-        horizon,
-    )
-
-
-def _validate_layout(config: ExperimentConfig) -> Layout:
-    try:
-        return parse_layout(config.meshes.layout)
-    except LayoutError as error:
-        raise ConfigError(
-            "meshes.layout", config.meshes.layout, str(error), "--config.meshes.layout=colocated=1"
-        ) from error
-
-
-def _validate_schedule(config: ExperimentConfig) -> None:
-    schedule, learning = config.schedule, config.learning
-    bound, groups = schedule.staleness_bound, config.simulation.num_groups
-    _require(
-        config,
-        "schedule.publish_interval",
-        schedule.publish_interval <= bound + 1,
-        f"must be <= staleness bound + 1 = {bound + 1}, else the simulators wait for ever",
-        bound + 1,
-    )
-    _require(
-        config,
-        "learning.trajectories_per_update",
-        schedule.overlap_rollout or learning.trajectories_per_update % groups == 0,
-        f"must be a multiple of simulation.num_groups = {groups} in lockstep "
-        "(schedule.overlap_rollout is off)",
-        groups,
-    )
-    if schedule.stream_microbatches:
-        for name in ("num_epochs", "num_minibatches"):
-            _require(
-                config,
-                f"algorithm.{name}",
-                getattr(config.algorithm, name) == 1,
-                "must be 1 with schedule.stream_microbatches: one optimizer update per batch",
-                1,
-            )
-        standardize = getattr(config.algorithm, "standardize_advantages", False)
-        _require(
-            config,
-            "algorithm.standardize_advantages",
-            not standardize,
-            "must be False with schedule.stream_microbatches: statistics of the whole batch are "
-            "not known while it arrives",
-            False,
-        )
-
-
-def _validate_batches(config: ExperimentConfig, layout: Layout) -> None:
-    simulation, learning = config.simulation, config.learning
-    envs, length = simulation.envs_per_group, simulation.segment_length
-    minibatches = config.algorithm.num_minibatches
-    _require(
-        config,
-        "algorithm.num_minibatches",
-        length % minibatches == 0,
-        f"must divide simulation.segment_length = {length}",
-        1,
-    )
-    data = layout.roles["simulation"].axes["data"]
-    _require(
-        config,
-        "simulation.envs_per_group",
-        envs % data == 0,
-        f"must be a multiple of the simulation mesh's data axis, {data}",
-        data * max(1, envs // data),
-    )
-    axes = layout.roles["learning"].axes
-    shards = axes["data"] * axes["fsdp"]
-    columns = envs * (
-        1 if config.schedule.stream_microbatches else learning.trajectories_per_update
-    )
-    _require(
-        config,
-        "learning.trajectories_per_update",
-        columns % shards == 0 and envs % shards == 0,
-        f"the batch of {columns} env columns, {envs} per trajectory, must divide over the "
-        f"learning mesh's data x fsdp = {shards} shards",
-        learning.trajectories_per_update,
-    )
-    _validate_buckets(config, layout)
-
-
-def _validate_buckets(config: ExperimentConfig, layout: Layout) -> None:
-    serving, envs = config.serving, config.simulation.envs_per_group
-    data = layout.roles["serving"].axes["data"]
-    buckets = serving.buckets or (envs,)
-    _require(
-        config,
-        "serving.buckets",
-        all(bucket > 0 and bucket % data == 0 for bucket in buckets)
-        and list(buckets) == sorted(set(buckets)),
-        f"must ascend and be multiples of the serving mesh's data axis, {data}",
-        f"({data * max(1, envs // data)},)",
-    )
-    largest = serving.max_batch if serving.max_batch != -1 else buckets[-1]
-    _require(
-        config,
-        "serving.max_batch",
-        largest >= envs,
-        f"must hold the {envs} rows of one env group's query",
-        envs,
-    )
-    _require(
-        config,
-        "serving.buckets",
-        not serving.buckets or buckets[-1] >= largest,
-        f"the largest must hold serving.max_batch = {largest} rows",
-        f"({largest},)",
-    )
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -65,43 +65,55 @@ def parse_layout(text: str) -> Layout:
     """Parses a layout string.
 
     Raises:
-      LayoutError: unknown role or axis, a role that is missing or named twice, or axis
-        sizes whose product is not the number of devices.
+      LayoutError: unknown role or axis, a role that is missing or named twice, an axis that is
+        named twice or that no role of its part has, or axis sizes whose product is not the
+        number of devices.
     """
     roles: dict[str, RoleLayout] = {}
     first = 0
     for part in text.split():
-        match = re.fullmatch(r"([a-z+]+)=(\d+)(?::([a-z0-9,]+))?", part)
-        if not match or int(match[2]) < 1:
-            raise LayoutError(f"{part!r} is not ROLE[+ROLE]=DEVICES[:AXISn,AXISn]")
-        names = ROLES if match[1] == "colocated" else tuple(match[1].split("+"))
+        names, num_devices, given = _parse_part(part)
         for name in names:
-            if name not in ROLES:
-                raise LayoutError(f"{name!r} is no role; roles: colocated, {', '.join(ROLES)}")
             if name in roles:
                 raise LayoutError(f"role {name!r} is given twice")
-            axes = _parse_axes(name, int(match[2]), match[3] or "")
-            roles[name] = RoleLayout(first=first, num_devices=int(match[2]), axes=axes)
-        first += int(match[2])
+            axes = _mesh_axes(name, num_devices, given)
+            roles[name] = RoleLayout(first=first, num_devices=num_devices, axes=axes)
+        first += num_devices
     missing = [name for name in ROLES if name not in roles]
     if missing:
         raise LayoutError(f"no devices for {', '.join(missing)}")
     return Layout(text=text, roles=roles)
 
 
-def _parse_axes(role: str, num_devices: int, text: str) -> dict[str, int]:
-    """Sizes of a role's mesh axes; axes of other roles (colocated=8:fsdp4) are left out."""
+def _parse_part(part: str) -> tuple[tuple[str, ...], int, dict[str, int]]:
+    """Roles, devices and named axes of a part such as "learning=4:data2,fsdp2"."""
+    match = re.fullmatch(r"([a-z+]+)=([0-9]+)(?::([a-z0-9,]+))?", part)
+    if not match or int(match[2]) < 1:
+        raise LayoutError(f"{part!r} is not ROLE[+ROLE]=DEVICES[:AXISn,AXISn]")
+    names = ROLES if match[1] == "colocated" else tuple(match[1].split("+"))
+    for name in names:
+        if name not in ROLES:
+            raise LayoutError(f"{name!r} is no role; roles: colocated, {', '.join(ROLES)}")
+    known = [axis for axis in AXES["learning"] if any(axis in AXES[name] for name in names)]
     given: dict[str, int] = {}
-    for item in filter(None, text.split(",")):
-        match = re.fullmatch(r"([a-z]+)(\d+)", item)
-        if not match or int(match[2]) < 1:
-            raise LayoutError(f"{item!r} is not AXISn, such as fsdp2")
-        if match[1] not in AXES["learning"]:
-            raise LayoutError(f"{match[1]!r} is no mesh axis; axes: {', '.join(AXES['learning'])}")
-        given[match[1]] = int(match[2])
+    for item in match[3].split(",") if match[3] else ():
+        axis = re.fullmatch(r"([a-z]+)([0-9]+)", item)
+        if not axis or int(axis[2]) < 1:
+            raise LayoutError(f"{item!r} is not AXISn, such as data2")
+        if axis[1] not in known:
+            raise LayoutError(f"{match[1]} has no axis {axis[1]!r}; axes: {', '.join(known)}")
+        if axis[1] in given:
+            raise LayoutError(f"axis {axis[1]!r} is given twice in {part!r}")
+        given[axis[1]] = int(axis[2])
+    return names, int(match[2]), given
+
+
+def _mesh_axes(role: str, num_devices: int, given: dict[str, int]) -> dict[str, int]:
+    """Sizes of a role's mesh axes. Where the part names axes that only other roles of it have
+    (colocated=8:data2,fsdp4), this role's `data` takes what is left."""
     axes = {axis: given.get(axis, 1) for axis in AXES[role]}
-    others = math.prod(size for axis, size in axes.items() if axis != "data")
-    if "data" not in given or set(given) - set(AXES[role]):
+    if "data" not in given or set(given) - set(axes):
+        others = math.prod(size for axis, size in axes.items() if axis != "data")
         if num_devices % others:
             raise LayoutError(f"{role}: {num_devices} devices do not divide by {others}")
         axes["data"] = num_devices // others

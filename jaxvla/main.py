@@ -13,25 +13,27 @@ Exit codes: 0 finished, 1 a program failed, 2 bad usage or config, 3 stopped by 
 Nothing is imported here that imports jax before the settings for CPU runs are in place.
 """
 
+import difflib
+import os
 import pathlib
+import re
+import runpy
 import shlex
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
-from jaxvla import config as config_lib
+from jaxvla.config import ConfigError, ExperimentConfig, UsageError, field_names, override
 from jaxvla.registry import nearest
 from jaxvla.runtime import cpu_settings
+from jaxvla.validation import type_name, validate
 
 EXIT_FINISHED, EXIT_USAGE = 0, 2
 JOBS = ("train", "evaluate")
-
-
-class UsageError(ValueError):
-    """The command line cannot work. The message says what to change."""
 
 
 def console_main() -> None:
@@ -48,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
         if config is None:
             _say(f"{__doc__}\n{options.main_module_help()}")
             return EXIT_FINISHED
-        config_lib.validate(config)
+        validate(config)
         from jaxvla.runtime import jobs
 
         for line in settings:
@@ -61,40 +63,35 @@ def main(argv: Sequence[str]) -> int:
             may_resume=options["resume"].value,
             command=shlex.join(["python", "-m", "jaxvla.main", *argv[1:]]),
         )
-    except (UsageError, config_lib.ConfigError) as error:
-        sys.stderr.write(f"error: {error}\n")
+    except UsageError as error:
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return EXIT_USAGE
 
 
-def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, config_lib.ExperimentConfig | None]:
+def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, ExperimentConfig | None]:
     """Flags and config; no config when help is asked for.
 
     Raises:
       UsageError: an unknown flag or setting, a wrong type, a file that cannot be loaded.
     """
-    options, holder = _define_flags()
+    options = _define_flags()
     try:
-        rest = options(argv)
-        if options["help"].value:
-            return options, None
-        config = _loaded(holder)
-    except flags.UnrecognizedFlagError as error:
-        known = [f"--{name}" for name in options]
-        name = f"--{error.flagname}"
-        raise UsageError(f"unknown flag {name}{nearest(name, known)}; try --help") from error
+        rest = options(list(argv), known_only=True)
     except flags.Error as error:
         raise UsageError(str(error)) from error
-    except KeyError as error:
-        raise UsageError(_unknown_setting(argv)) from error
-    if len(rest) > 1:
-        raise UsageError(f"unexpected argument {rest[1]!r}; settings look like --config.seed=1")
-    return options, config
+    if options["help"].value:
+        return options, None
+    if not options["config"].value:
+        raise UsageError("--config is missing. Fix: --config=configs/quickstart.py")
+    config = load_config(options["config"].value)
+    return options, _override(config, rest, [f"--{name}" for name in options])
 
 
-def _define_flags() -> tuple[flags.FlagValues, Any]:
-    """Fresh flag values, so that parsing twice in a process works."""
+def _define_flags() -> flags.FlagValues:
+    """Fresh flag values, so that parsing twice in a process works. Settings are not among them."""
     values = flags.FlagValues()
-    holder = config_flags.DEFINE_config_file(
+    values.set_gnu_getopt(True)
+    flags.DEFINE_string(
         "config", None, "Config file, e.g. configs/quickstart.py.", flag_values=values
     )
     flags.DEFINE_string("workdir", None, "Where to write; default runs/NAME.", flag_values=values)
@@ -102,43 +99,100 @@ def _define_flags() -> tuple[flags.FlagValues, Any]:
     flags.DEFINE_bool("dry_run", False, "Print the plan and write nothing.", flag_values=values)
     flags.DEFINE_bool("resume", True, "Continue a used work directory.", flag_values=values)
     flags.DEFINE_bool("help", False, "Show this help.", short_name="h", flag_values=values)
-    return values, holder
+    return values
 
 
-def _loaded(holder: Any) -> config_lib.ExperimentConfig:
-    """The config behind the flag.
+def load_config(source: str) -> ExperimentConfig:
+    """What `get_config` of a config file returns.
+
+    Args:
+      source: path of the file, or PATH:ARGUMENT to call `get_config(ARGUMENT)`.
 
     Raises:
-      UsageError: there is none, or its file cannot be loaded.
+      UsageError: there is no such file, it raises, or it returns something else.
     """
-    config = holder.value
-    if config is None:
-        raise UsageError("--config is missing, e.g. --config=configs/quickstart.py")
-    if isinstance(config, config_lib.ExperimentConfig):
-        return config
+    path, _, argument = source.partition(":")
+    if not os.path.isfile(path):
+        raise UsageError(f"--config={source}: there is no file {path}")
     try:
-        cause = vars(config)["_error"]
-    except KeyError:
-        cause = f"get_config() returned {type(config).__name__}, want an ExperimentConfig"
-    raise UsageError(f"--config: {cause}")
+        get_config = runpy.run_path(path)["get_config"]
+        config = get_config(argument) if argument else get_config()
+    except Exception as error:  # whatever the user's code raises is the user's to read
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == path]
+        where = f", line {lines[-1]}" if lines else ""
+        message = f"--config={source}: {type(error).__name__}{where}: {error}"
+        raise UsageError(message) from error
+    if not isinstance(config, ExperimentConfig):
+        raise UsageError(
+            f"--config={source}: get_config() returned {type(config).__name__}, "
+            "want an ExperimentConfig"
+        )
+    return config
 
 
-def _unknown_setting(argv: Sequence[str]) -> str:
-    """Names the first override that matches no field, with the nearest one."""
-    path = next((a.partition("=")[2] for a in argv if a.startswith("--config=")), "")
-    options, holder = _define_flags()
-    options([argv[0], f"--config={path}"])
-    known = list(config_lib.field_names(_loaded(holder)))
-    for argument in argv[1:]:
-        name, is_setting, value = argument.partition("=")
-        name = name.removeprefix("--no").removeprefix("--").removeprefix("config.")
-        if argument.startswith(("--config.", "--noconfig.")) and name not in known:
-            given = f" = {value!r}" if is_setting else ""
-            section = name.rpartition(".")[0]
-            beside = [x.rpartition(".")[2] for x in known if x.rpartition(".")[0] == section]
-            fields = f"; fields of {section}: {', '.join(beside)}" if section and beside else ""
-            return f"config.{name}{given}: no such setting{nearest(name, known)}{fields}"
-    return "an override names no setting of the config"
+def _override(
+    config: ExperimentConfig, arguments: list[str], options: list[str]
+) -> ExperimentConfig:
+    """The config with the --config.section.field=value arguments applied.
+
+    Args:
+      config: from its file.
+      arguments: program name, then what is left of the command line.
+      options: the known flags, for hints.
+
+    Raises:
+      UsageError: an argument names no setting, or its value has the wrong type.
+    """
+    known = list(field_names(config))
+    for argument in arguments[1:]:
+        match = re.fullmatch(r"--?(?:no)?config\.([^=]*)=?(.*)", argument, re.DOTALL)
+        if match and match[1] not in known:
+            raise UsageError(_no_such_setting(match[1], match[2], known))
+    values = flags.FlagValues()
+    values.set_gnu_getopt(True)
+    holder = config_flags.DEFINE_config_dataclass(
+        "config", config, flag_values=values, sys_argv=arguments
+    )
+    try:
+        rest = values(arguments)
+    except flags.UnrecognizedFlagError as error:
+        name = f"--{error.flagname}"
+        hint = nearest(name, options)
+        raise UsageError(f"unknown flag {name}{hint}. Fix: see --help") from error
+    except flags.Error as error:
+        raise _bad_value(config, str(error)) from error
+    if len(rest) > 1:
+        raise UsageError(
+            f"unexpected argument {rest[1]!r}. Fix: settings look like --config.seed=1"
+        )
+    return holder.value
+
+
+def _no_such_setting(name: str, value: str, known: list[str]) -> str:
+    """Names the nearest setting, and the fields of the section that was meant."""
+    is_section = any(x.startswith(f"{name}.") for x in known)
+    section = name if is_section else name.rpartition(".")[0]
+    beside = [x.removeprefix(f"{section}.") for x in known if x.startswith(f"{section}.")]
+    what = "is a section, not a setting" if is_section else "no such setting"
+    fields = f"; fields of {section}: {', '.join(beside)}" if beside else ""
+    close = difflib.get_close_matches(name, known, n=1)
+    fix = f"did you mean {override(close[0], value)} ?" if close else "see the config file"
+    return f"config.{name} = {value!r}: {what}{fields}. Fix: {fix}"
+
+
+def _bad_value(config: ExperimentConfig, message: str) -> UsageError:
+    """Rewords what absl says about a value of the wrong type."""
+    match = re.match(r"flag --config\.([\w.]+)=(.*?): ", message, re.DOTALL)
+    if not match:
+        return UsageError(message)
+    *sections, name = match[1].split(".")
+    holder: Any = config
+    for section in sections:
+        holder = getattr(holder, section)
+    kind = type(holder).__dataclass_fields__[name].type
+    fix = override(match[1], getattr(holder, name))
+    return ConfigError(match[1], match[2], f"must be {type_name(kind)}", fix)
 
 
 def _say(line: str) -> None:

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,7 +34,8 @@ class Registry:
         """Imports and returns the attribute behind `name`.
 
         Raises:
-          ValueError: the name is unknown; the message lists the known ones.
+          ValueError: the name is unknown (the message lists the known ones), or what it names
+            cannot be imported.
         """
         target = name if ":" in name else self._entries.get(name)
         if target is None:
@@ -41,5 +43,13 @@ class Registry:
             raise ValueError(
                 f"unknown {self.kind} {name!r}{nearest(name, known)}; known: {', '.join(known)}"
             )
-        module, _, attribute = target.partition(":")
-        return getattr(importlib.import_module(module), attribute)
+        if not re.fullmatch(r"\w+(\.\w+)*:\w+", target):
+            raise ValueError(f"{self.kind} {name!r} is not of the form package.module:Attribute")
+        module_name, _, attribute = target.partition(":")
+        try:
+            module = importlib.import_module(module_name)
+        except ImportError as error:
+            raise ValueError(f"{self.kind} {name!r} cannot be imported: {error}") from error
+        if not hasattr(module, attribute):
+            raise ValueError(f"{self.kind} {name!r}: {module_name} has no {attribute}")
+        return getattr(module, attribute)

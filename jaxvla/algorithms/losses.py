@@ -1,7 +1,13 @@
 """Loss terms per sample. Reductions and weights are the caller's."""
 
+from typing import TypeVar
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+Tree = TypeVar("Tree")
+"""A pytree of arrays."""
 
 
 def clipped_surrogate(
@@ -38,5 +44,27 @@ def clipped_value_error(
 
 
 def weighted_mean(x: Float[Array, "*shape"], weight: Float[Array, "*shape"]) -> Float[Array, ""]:
-    """sum(x w) / sum(w), 0 when every weight is 0."""
-    return (x * weight).sum() / jnp.maximum(weight.sum(), 1.0)
+    """sum(x w) / sum(w), 0 when every weight is 0. Entries of weight 0 are not read."""
+    total = weight.sum()
+    weighted = jnp.where(weight > 0.0, x, 0.0) * weight
+    return weighted.sum() / jnp.where(total > 0.0, total, 1.0)
+
+
+def blank_unused(tree: Tree, weight: Float[Array, " N"]) -> Tree:
+    """Zeros in place of the numbers of samples of weight 0, for use before a gradient.
+
+    Ignoring them in the loss is not enough: the gradient multiplies the zero that comes back
+    by whatever the forward pass met, and 0 * NaN = NaN.
+
+    Args:
+      tree: pytree of arrays [N, ...]. Leaves that are not floating-point are returned as given.
+      weight: of the samples.
+    """
+
+    def blank(x: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        is_used = (weight > 0.0).reshape(-1, *(1,) * (x.ndim - 1))
+        return jnp.where(is_used, x, jnp.zeros((), x.dtype))
+
+    return jax.tree.map(blank, tree)

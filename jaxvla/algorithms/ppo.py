@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxvla.algorithms import losses, returns
 from jaxvla.algorithms.base import Metrics
 from jaxvla.algorithms.policy import TrainablePolicy
-from jaxvla.config import AlgorithmConfig, ConfigError
+from jaxvla.config import AlgorithmConfig, ConfigError, override
 from jaxvla.types import Params, TrainingBatch, Trajectory
 
 
@@ -40,21 +40,22 @@ class PPOConfig(AlgorithmConfig):
 
     def validate(self) -> None:
         """Raises ConfigError on a value out of range."""
-        for name in ("discount", "trace_decay"):
-            value = getattr(self, name)
-            if not 0.0 <= value <= 1.0:
-                raise ConfigError(
-                    f"algorithm.{name}",
-                    value,
-                    "must be in [0, 1]",
-                    f"--config.algorithm.{name}=0.99",
-                )
-        for name in ("clip_low", "clip_high", "value_clip"):
-            value = getattr(self, name)
-            if value <= 0.0:
-                raise ConfigError(
-                    f"algorithm.{name}", value, "must be > 0", f"--config.algorithm.{name}=0.2"
-                )
+        for name, allowed, holds in (
+            ("discount", "must be in [0, 1]", 0.0 <= self.discount <= 1.0),
+            ("trace_decay", "must be in [0, 1]", 0.0 <= self.trace_decay <= 1.0),
+            ("clip_low", "must be > 0", self.clip_low > 0.0),
+            ("clip_high", "must be > 0", self.clip_high > 0.0),
+            ("value_clip", "must be > 0", self.value_clip > 0.0),
+            ("value_coef", "must be >= 0", self.value_coef >= 0.0),
+            ("entropy_coef", "must be >= 0", self.entropy_coef >= 0.0),
+        ):
+            if not holds:
+                fix = override(f"algorithm.{name}", getattr(PPOConfig(), name))
+                raise ConfigError(f"algorithm.{name}", getattr(self, name), allowed, fix)
+
+    def whole_batch_settings(self) -> tuple[str, ...]:
+        """Switches, now on, that need statistics of the whole batch of an update."""
+        return ("standardize_advantages",) if self.standardize_advantages else ()
 
 
 class PPO:
@@ -71,6 +72,7 @@ class PPO:
             bootstrap_value=trajectory.bootstrap_value,
             terminated=trajectory.terminated,
             truncated=trajectory.truncated,
+            valid=trajectory.valid,
             discount=self.config.discount,
             trace_decay=self.config.trace_decay,
         )
@@ -93,8 +95,9 @@ class PPO:
     ) -> tuple[jax.Array, Metrics]:
         """Clipped surrogate + value loss - entropy bonus; see `Algorithm.loss`."""
         config = self.config
+        batch = losses.blank_unused(batch, batch.weight)
         log_prob, entropy, value = policy.evaluate(params, batch.observation, batch.trace)
-        log_ratio = log_prob - batch.behavior_log_prob
+        log_ratio = jnp.where(batch.weight > 0.0, log_prob - batch.behavior_log_prob, 0.0)
         ratio = jnp.exp(log_ratio)
         policy_loss = losses.weighted_mean(
             losses.clipped_surrogate(

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from jaxvla.config import ConfigError, OptimizerConfig
+from jaxvla.config import ConfigError, OptimizerConfig, override
 from jaxvla.sharding import path_name
 from jaxvla.types import Params
 
@@ -29,11 +29,18 @@ def schedule(config: OptimizerConfig, peak: float) -> optax.Schedule:
     )
 
 
-def make_optimizer(config: OptimizerConfig, params: Params) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimizerConfig, params: Params, *, section: str = "optimizer"
+) -> optax.GradientTransformation:
     """Clipping by global norm, then AdamW with one rate for the policy and one for the critic.
 
     Leaves whose path does not match `config.trainable` are frozen: no update, no weight
     decay, no moments, and no part in the gradient norm.
+
+    Args:
+      config: rates, moments, what is trainable.
+      params: parameters or their shape structs.
+      section: where `config` stands in the whole config, for the error message.
 
     Raises:
       ConfigError: no leaf is trainable.
@@ -43,10 +50,10 @@ def make_optimizer(config: OptimizerConfig, params: Params) -> optax.GradientTra
     )
     if set(jax.tree.leaves(labels)) == {"frozen"}:
         raise ConfigError(
-            "optimizer.trainable",
+            f"{section}.trainable",
             config.trainable,
             "matches no parameter",
-            "--config.optimizer.trainable='.*'",
+            override(f"{section}.trainable", ".*"),
         )
 
     def adamw(peak: float) -> optax.GradientTransformation:

@@ -83,8 +83,8 @@ def sde_transitions(num_steps: int, noise_level: float) -> Transitions:
 
     sigma_i = a sqrt(t_i / (1 - t_i)), where t_1 replaces t_0 = 1 in the denominator,
     mean = (1 - t') x0 + (t' - sigma^2 delta / (2 t)) x1, std = sigma sqrt(delta), with
-    t' = t_{i+1} and delta = 1/K. From Flow-GRPO (arXiv:2505.05470, eq. 9 and section 4.2) in
-    the parametrisation of piRL (arXiv:2510.25889). With K = 1 the mean is biased.
+    t' = t_{i+1} and delta = 1/K. The sampler of Flow-GRPO (arXiv:2505.05470), written with
+    both estimates as in piRL (arXiv:2510.25889). With K = 1 the mean is biased.
 
     Args:
       num_steps: K >= 1.

@@ -2,7 +2,7 @@
 
 Both experts have the same depth and attention heads and may differ in width. Prefix
 tokens (language model) never look at suffix tokens (action expert), so the joint
-attention of pi0 (arXiv:2410.24164, section IV) splits into two passes without any
+attention of pi0 (arXiv:2410.24164) splits into two passes without any
 difference in the result: the prefix alone, which leaves its keys and values, then the
 suffix on top of them. One code path therefore serves training and sampling.
 

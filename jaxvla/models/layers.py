@@ -173,7 +173,7 @@ def adaptive_rms_norm(
 
 
 def rotary(x: jax.Array, positions: jax.Array) -> jax.Array:
-    """Rotary position embedding (arXiv:2104.09864, eq. 34), base 10000, halves not interleaved.
+    """Rotary position embedding (arXiv:2104.09864), base 10000, halves not interleaved.
 
     Args:
       x: [B, N, heads, head_dim], head_dim even.

@@ -10,8 +10,13 @@ from typing import Any
 
 import jax
 
-from jaxvla import config as config_lib
-from jaxvla.config import ConfigError, ExperimentConfig
+from jaxvla.algorithms import ALGORITHMS
+from jaxvla.checkpoint import CorruptCheckpointError
+from jaxvla.config import ConfigError, ExperimentConfig, UsageError, override, to_dict
+from jaxvla.envs import ENVS
+from jaxvla.envs.base import DeviceEnv
+from jaxvla.learning.optimizer import make_optimizer
+from jaxvla.models import MODELS
 from jaxvla.runtime.build import Blueprint, draw_blueprint
 from jaxvla.runtime.controller import Controller
 from jaxvla.runtime.dry_run import plan_lines
@@ -19,7 +24,9 @@ from jaxvla.runtime.evaluate import evaluate_checkpoint
 from jaxvla.runtime.signals import stop_on_signals
 from jaxvla.telemetry.progress import Screen
 from jaxvla.telemetry.writers import find_writers, write_json
+from jaxvla.validation import validate_devices
 
+EXIT_FINISHED, EXIT_UNSAFE = 0, 4
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "mujoco", "mujoco-mjx", "numpy")
 
 
@@ -46,28 +53,39 @@ def run(
       The exit code of the contract.
 
     Raises:
-      ConfigError: the config does not fit the env, the devices or the work directory.
+      UsageError: the config does not fit the env, the devices or the work directory. Nothing
+        has been written then, unless it is the work directory's checkpoint that does not fit.
     """
+    _check_plugins(config)
+    if not is_dry_run:
+        _check_workdir(workdir, job, may_resume)
     try:
         blueprint = draw_blueprint(config)
-        find_writers(config.telemetry.writers)
     except ConfigError:
         raise
-    except ValueError as error:
-        raise ConfigError(
-            "env / model / telemetry", config.name, str(error), "see above"
-        ) from error
-    _configure_jax(config)
-    config_lib.validate_devices(config, jax.device_count())
+    except ValueError as error:  # an optional package, or a library of it, is missing
+        raise UsageError(f"config.env.name = {config.env.name!r}: {error}") from error
+    validate_devices(config, jax.device_count())
+    _check_learning(blueprint)
     if is_dry_run:
         for line in plan_lines(blueprint):
             sys.stdout.write(line + "\n")
-        return 0
-    _check_workdir(workdir, job, may_resume)
+        return EXIT_FINISHED
+    _configure_jax(config)
+    try:
+        return _run(blueprint, job, workdir, command)
+    except CorruptCheckpointError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return EXIT_UNSAFE
+
+
+def _run(blueprint: Blueprint, job: str, workdir: pathlib.Path, command: str) -> int:
+    """Runs a job that is known to fit."""
     stop_requested = threading.Event()
+    num_updates = blueprint.config.learning.num_updates
     with (
         stop_on_signals(stop_requested),
-        Screen(sys.stdout, num_updates=config.learning.num_updates) as screen,
+        Screen(sys.stdout, num_updates=num_updates) as screen,
     ):
         if job == "evaluate":
             return evaluate_checkpoint(blueprint, workdir, screen, stop_requested)
@@ -79,6 +97,42 @@ def run(
             stop_requested=stop_requested,
             command=command,
         ).run()
+
+
+def _check_plugins(config: ExperimentConfig) -> None:
+    """Refuses plug-ins that cannot be imported."""
+    for section, registry in (("env", ENVS), ("model", MODELS), ("algorithm", ALGORITHMS)):
+        name = getattr(config, section).name
+        try:
+            registry.get(name)
+        except ValueError as error:
+            fix = f"use one of {', '.join(registry)}"
+            raise ConfigError(f"{section}.name", name, str(error), fix) from error
+    try:
+        find_writers(config.telemetry.writers)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        writers = config.telemetry.writers
+        fix = override("telemetry.writers", ())
+        raise ConfigError("telemetry.writers", writers, str(error), fix) from error
+
+
+def _check_learning(blueprint: Blueprint) -> None:
+    """Refuses what only the parameters' names and the kind of env show."""
+    config = blueprint.config
+    make_optimizer(config.optimizer, blueprint.params_struct())
+    if not config.warm_start.num_steps:
+        return
+    section = "warm_start.optimizer"
+    make_optimizer(config.warm_start.optimizer, blueprint.params_struct(), section=section)
+    if not isinstance(blueprint.env, DeviceEnv):
+        raise ConfigError(
+            "warm_start.num_steps",
+            config.warm_start.num_steps,
+            f"env {config.env.name!r} has no scripted expert to imitate",
+            override("warm_start.num_steps", 0),
+        )
 
 
 def _configure_jax(config: ExperimentConfig) -> None:
@@ -94,17 +148,16 @@ def _configure_jax(config: ExperimentConfig) -> None:
 
 def _check_workdir(workdir: pathlib.Path, job: str, may_resume: bool) -> None:
     """Refuses to overwrite a run, or to evaluate one that is not there."""
+    if workdir.exists() and not workdir.is_dir():
+        raise UsageError(f"--workdir={workdir}: is not a directory. Fix: --workdir=NEW_DIR")
     is_used = workdir.is_dir() and any(workdir.iterdir())
     if job == "train" and is_used and not may_resume:
-        raise ConfigError(
-            "workdir", str(workdir), "is not empty and --noresume was given", "--workdir=NEW_DIR"
+        raise UsageError(
+            f"--workdir={workdir}: is not empty and --noresume was given. Fix: --workdir=NEW_DIR"
         )
     if job == "evaluate" and not (workdir / "checkpoints").is_dir():
-        raise ConfigError(
-            "workdir",
-            str(workdir),
-            "holds no checkpoints to evaluate",
-            "train first, same --workdir",
+        raise UsageError(
+            f"--workdir={workdir}: holds no checkpoints to evaluate. Fix: run --job=train with it"
         )
 
 
@@ -114,7 +167,7 @@ def _write_config(blueprint: Blueprint, workdir: pathlib.Path) -> None:
     write_json(
         workdir / "config.json",
         {
-            "config": config_lib.to_dict(blueprint.config),
+            "config": to_dict(blueprint.config),
             "git_commit": _git_commit(),
             "python": platform.python_version(),
             "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},

@@ -215,6 +215,9 @@ class WeightStore(Protocol):
     ) -> WeightSubscription:
         """Adds a policy server; the latest version, if any, is staged for it at once.
 
+        A server must subscribe before it can be asked anything, and answer only with what it
+        has pulled: one that is not waited for may serve older weights than the others.
+
         Args:
           name: unique among the live subscriptions.
           shardings: one sharding, or a pytree of them that matches the parameters.

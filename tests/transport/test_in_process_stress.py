@@ -30,8 +30,16 @@ class Run:
         self.seed = seed
         self.queue = InProcessQueue(rule, lease_s=0.2)
         self.store = InProcessWeightStore(on_acknowledged=self.queue.advance)
+        self.store.publish(0, {"w": jnp.int32(0)})
         self.served = [0] * NUM_SERVERS
         """Version that each server answers with."""
+        self.has_news = [threading.Event() for _ in range(NUM_SERVERS)]
+        # Subscribed before anyone asks: a server that answers must be one that is waited for.
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        self.subscriptions = [
+            self.store.subscribe(f"server {i}", sharding, news.set)
+            for i, news in enumerate(self.has_news)
+        ]
         self.is_over = threading.Event()
 
     def delay(self, rng: random.Random) -> None:
@@ -40,10 +48,8 @@ class Run:
 
     def serve(self, number: int) -> None:
         rng = random.Random(f"server {self.seed} {number}")
-        has_news = threading.Event()
-        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        subscription = self.store.subscribe(f"server {number}", sharding, has_news.set)
-        has_news.set()
+        subscription, has_news = self.subscriptions[number], self.has_news[number]
+        has_news.set()  # version 0 is there already
         while not self.is_over.is_set():
             assert has_news.wait(TIMEOUT_S)
             has_news.clear()
@@ -104,7 +110,6 @@ def test_bound_order_and_balance_hold_in_a_stormy_run(seed, max_staleness, windo
         num_updates=NUM_UPDATES,
     )
     run = Run(rule, seed)
-    run.store.publish(0, {"w": jnp.int32(0)})
     with ThreadPoolExecutor(NUM_SIMULATORS + NUM_SERVERS) as pool:
         servers = [pool.submit(run.serve, i) for i in range(NUM_SERVERS)]
         simulators = [pool.submit(run.simulate, i) for i in range(NUM_SIMULATORS)]

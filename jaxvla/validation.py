@@ -1,0 +1,381 @@
+"""Every check of a config that needs no device and no plug-in code. No jax."""
+
+import dataclasses
+import math
+import re
+import typing
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from jaxvla.config import ConfigError, ExperimentConfig, override
+from jaxvla.layout import Layout, LayoutError, parse_layout
+
+
+def validate(config: ExperimentConfig) -> None:
+    """Checks everything that needs no device.
+
+    Raises:
+      ConfigError: the first setting found that cannot work.
+    """
+    _validate_types(config)
+    _validate_names(config)
+    _validate_ranges(config)
+    config.env.validate()
+    config.algorithm.validate()
+    layout = _validate_layout(config)
+    _validate_schedule(config)
+    _validate_batches(config, layout)
+    _validate_serving(config, layout)
+
+
+def validate_devices(config: ExperimentConfig, num_devices: int) -> None:
+    """Checks that the layout fits the devices present.
+
+    Raises:
+      ConfigError: it needs more.
+    """
+    needed = parse_layout(config.meshes.layout).num_devices
+    if needed > num_devices:
+        raise ConfigError(
+            "meshes.layout",
+            config.meshes.layout,
+            f"needs {needed} devices, {num_devices} present",
+            f"--config.meshes.layout=colocated={num_devices}, or on CPU "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={needed}",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Range:
+    """A range that many settings share."""
+
+    allowed: str
+    holds: Callable[[Any], bool]
+    fix: Any
+    """Suggested where the setting has no default that holds."""
+    names: tuple[str, ...]
+
+
+def _is_regular_expression(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
+
+
+def _of_optimizers(*names: str) -> tuple[str, ...]:
+    return tuple(
+        f"{section}.{name}" for section in ("optimizer", "warm_start.optimizer") for name in names
+    )
+
+
+_RANGES = (
+    _Range(
+        allowed="must be > 0",
+        holds=lambda x: x > 0,
+        fix=1,
+        names=(
+            "env.num_executed",
+            "model.action_horizon",
+            "algorithm.num_epochs",
+            "algorithm.num_minibatches",
+            "simulation.num_groups",
+            "simulation.envs_per_group",
+            "simulation.segment_length",
+            "schedule.publish_interval",
+            "learning.num_updates",
+            "learning.trajectories_per_update",
+            "learning.max_skipped_updates",
+            "warm_start.batch_size",
+            "warm_start.num_episodes",
+            "checkpoint.interval",
+            "runtime.grace_s",
+            *_of_optimizers("learning_rate", "value_learning_rate", "clip_norm", "eps"),
+        ),
+    ),
+    _Range(
+        allowed="must be >= 0",
+        holds=lambda x: x >= 0,
+        fix=0,
+        names=(
+            "schedule.max_staleness",
+            "serving.max_wait_ms",
+            "warm_start.num_steps",
+            "warm_start.noise_std",
+            "evaluation.num_episodes",
+            "evaluation.interval",
+            "evaluation.num_videos",
+            *_of_optimizers("weight_decay", "warmup_steps", "decay_steps"),
+        ),
+    ),
+    _Range(
+        allowed="must be in [0, 1]",
+        holds=lambda x: 0 <= x <= 1,
+        fix=0.1,
+        names=_of_optimizers("final_fraction"),
+    ),
+    _Range(
+        allowed="must be in [0, 1)",
+        holds=lambda x: 0 <= x < 1,
+        fix=0.9,
+        names=_of_optimizers("beta1", "beta2"),
+    ),
+    _Range(
+        allowed="must be in [0, 2**32): seeds are 32 bits wide",
+        holds=lambda x: 0 <= x < 2**32,
+        fix=0,
+        names=("seed", "evaluation.seed"),
+    ),
+    _Range(
+        allowed="must be -1 or > 0",
+        holds=lambda x: x == -1 or x > 0,
+        fix=-1,
+        names=("serving.trigger_size", "serving.max_batch"),
+    ),
+    _Range(
+        allowed="must be >= 2: one may turn out damaged",
+        holds=lambda x: x >= 2,
+        fix=2,
+        names=("checkpoint.keep",),
+    ),
+    _Range(
+        allowed="must be local",
+        holds=lambda x: x == "local",
+        fix="local",
+        names=("runtime.kind",),
+    ),
+    _Range(
+        allowed="must be default, high or highest",
+        holds=lambda x: x in ("default", "high", "highest"),
+        fix="default",
+        names=("runtime.matmul_precision",),
+    ),
+    _Range(
+        allowed="must be letters, digits, '_', '-' or '.', as it names the work directory",
+        holds=lambda x: re.fullmatch(r"\w[\w.-]*", x) is not None,
+        fix="run",
+        names=("name",),
+    ),
+    _Range(
+        allowed="must be a regular expression",
+        holds=_is_regular_expression,
+        fix=".*",
+        names=_of_optimizers("trainable"),
+    ),
+)
+
+
+def _get(config: ExperimentConfig, name: str) -> Any:
+    value: Any = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _require(config: ExperimentConfig, name: str, holds: bool, allowed: str, fix: Any) -> None:
+    """Raises ConfigError about `name` unless the condition holds."""
+    if not holds:
+        raise ConfigError(name, _get(config, name), allowed, override(name, fix))
+
+
+def _settings(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field]]:
+    """(dotted name, value, field) of every section and setting, sections first."""
+    for item in dataclasses.fields(config):
+        value, name = getattr(config, item.name), f"{prefix}{item.name}"
+        yield name, value, item
+        if dataclasses.is_dataclass(value):
+            yield from _settings(value, f"{name}.")
+
+
+def _validate_types(config: ExperimentConfig) -> None:
+    """Config files assign freely; what the command line gives has been parsed by type."""
+    for name, value, item in _settings(config):
+        if not _is_a(value, item.type):
+            fix = override(name, _default(item, "VALUE"))
+            raise ConfigError(name, value, f"must be {type_name(item.type)}", fix)
+
+
+def type_name(kind: Any) -> str:
+    """How error messages call the type of a setting."""
+    names = {int: "an integer", float: "a finite number", bool: "True or False", str: "a string"}
+    if typing.get_origin(kind) is tuple:
+        return f"a tuple, each element {type_name(typing.get_args(kind)[0])}"
+    return names.get(kind, f"of type {getattr(kind, '__name__', kind)}")
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    """Whether a value fits an annotation. Numbers must be finite, and a bool is no number."""
+    if kind is float:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return is_number and math.isfinite(value)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if typing.get_origin(kind) is tuple:
+        element = typing.get_args(kind)[0]
+        return isinstance(value, tuple) and all(_is_a(x, element) for x in value)
+    return isinstance(value, kind)
+
+
+def _default(item: dataclasses.Field, otherwise: Any) -> Any:
+    return otherwise if item.default is dataclasses.MISSING else item.default
+
+
+def _validate_names(config: ExperimentConfig) -> None:
+    """The names of plug-ins fit the config classes that the sections hold."""
+    for section in ("env", "model", "algorithm"):
+        held = getattr(config, section)
+        own = next(_default(x, None) for x in dataclasses.fields(held) if x.name == "name")
+        # "package.module:Attribute" names a plug-in that reuses another one's config class.
+        if ":" not in held.name and held.name != own:
+            raise ConfigError(
+                f"{section}.name",
+                held.name,
+                f"the config file has settings for {own!r} ({type(held).__name__})",
+                f"{override(f'{section}.name', own)}, or the --config of a run with that {section}",
+            )
+
+
+def _validate_ranges(config: ExperimentConfig) -> None:
+    fields = {name: item for name, _, item in _settings(config)}
+    for rule in _RANGES:
+        for name in rule.names:
+            default = _default(fields[name], rule.fix)
+            fix = default if rule.holds(default) else rule.fix
+            _require(config, name, rule.holds(_get(config, name)), rule.allowed, fix)
+    horizon = config.model.action_horizon
+    _require(
+        config,
+        "env.num_executed",
+        config.env.num_executed <= horizon,
+        f"must be <= model.action_horizon = {horizon}",
+        horizon,
+    )
+
+
+def _validate_layout(config: ExperimentConfig) -> Layout:
+    try:
+        return parse_layout(config.meshes.layout)
+    except LayoutError as error:
+        raise ConfigError(
+            "meshes.layout", config.meshes.layout, str(error), "--config.meshes.layout=colocated=1"
+        ) from error
+
+
+def _validate_schedule(config: ExperimentConfig) -> None:
+    schedule, learning = config.schedule, config.learning
+    bound, groups = schedule.staleness_bound, config.simulation.num_groups
+    _require(
+        config,
+        "schedule.publish_interval",
+        schedule.publish_interval <= bound + 1,
+        f"must be <= staleness bound + 1 = {bound + 1}, else the simulators wait for ever",
+        bound + 1,
+    )
+    _require(
+        config,
+        "learning.trajectories_per_update",
+        schedule.overlap_rollout or learning.trajectories_per_update % groups == 0,
+        f"must be a multiple of simulation.num_groups = {groups} in lockstep "
+        "(schedule.overlap_rollout is off)",
+        groups,
+    )
+    if schedule.stream_microbatches:
+        for name in ("num_epochs", "num_minibatches"):
+            _require(
+                config,
+                f"algorithm.{name}",
+                getattr(config.algorithm, name) == 1,
+                "must be 1 with schedule.stream_microbatches: one optimizer update per batch",
+                1,
+            )
+        for name in config.algorithm.whole_batch_settings():
+            _require(
+                config,
+                f"algorithm.{name}",
+                False,
+                "must be False with schedule.stream_microbatches: statistics of the whole batch "
+                "are not known while it arrives",
+                False,
+            )
+
+
+def _validate_batches(config: ExperimentConfig, layout: Layout) -> None:
+    simulation, warm_start = config.simulation, config.warm_start
+    envs, length = simulation.envs_per_group, simulation.segment_length
+    _require(
+        config,
+        "algorithm.num_minibatches",
+        length % config.algorithm.num_minibatches == 0,
+        f"must divide simulation.segment_length = {length}",
+        1,
+    )
+    data = layout.roles["simulation"].axes["data"]
+    axes = layout.roles["learning"].axes
+    shards = axes["data"] * axes["fsdp"]
+    both = math.lcm(data, shards)
+    for count, what in (
+        (data, f"the simulation mesh's data axis, {data}"),
+        (shards, f"the learning mesh's data x fsdp = {shards}: trajectories are split by envs"),
+    ):
+        fix = both * max(1, envs // both)
+        holds = envs % count == 0
+        _require(config, "simulation.envs_per_group", holds, f"must be a multiple of {what}", fix)
+    _require(
+        config,
+        "warm_start.batch_size",
+        not warm_start.num_steps or warm_start.batch_size % shards == 0,
+        f"must be a multiple of the learning mesh's data x fsdp = {shards}",
+        shards * max(1, warm_start.batch_size // shards),
+    )
+
+
+def _validate_serving(config: ExperimentConfig, layout: Layout) -> None:
+    serving, envs = config.serving, config.simulation.envs_per_group
+    data = layout.roles["serving"].axes["data"]
+    max_batch = serving.max_batch
+    if max_batch == -1:
+        max_batch = envs * config.simulation.num_groups
+    _require(
+        config,
+        "serving.max_batch",
+        max_batch >= envs,
+        f"must hold the {envs} rows of one env group's query",
+        envs,
+    )
+    _require(
+        config,
+        "serving.max_batch",
+        bool(serving.buckets) or max_batch % envs == 0,
+        f"must be a multiple of simulation.envs_per_group = {envs} unless serving.buckets is given",
+        envs * (max_batch // envs),
+    )
+    _require(
+        config,
+        "serving.trigger_size",
+        serving.trigger_size <= max_batch,
+        f"must be <= the largest batch, {max_batch} rows",
+        max_batch,
+    )
+    _validate_buckets(config, max_batch, data)
+
+
+def _validate_buckets(config: ExperimentConfig, max_batch: int, data: int) -> None:
+    envs, given = config.simulation.envs_per_group, config.serving.buckets
+    buckets = given or (envs,)
+    _require(
+        config,
+        "serving.buckets",
+        all(bucket > 0 and bucket % data == 0 for bucket in buckets)
+        and list(buckets) == sorted(set(buckets)),
+        f"must ascend and be multiples of the serving mesh's data axis, {data} (without buckets, "
+        f"simulation.envs_per_group = {envs} must be)",
+        f"({data * -(-max_batch // data)},)",
+    )
+    _require(
+        config,
+        "serving.buckets",
+        not given or given[-1] >= max_batch,
+        f"the largest must hold serving.max_batch = {max_batch} rows",
+        f"({data * -(-max_batch // data)},)",
+    )
