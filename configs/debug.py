@@ -31,7 +31,9 @@ def get_config() -> c.ExperimentConfig:
         env=TabletopConfig(tasks=("reach", "push", "lift"), image_size=32, num_executed=4),
         model=model,
         algorithm=PPOConfig(num_epochs=2, num_minibatches=2),
-        warm_start=c.WarmStartConfig(num_steps=4, num_episodes=8, batch_size=16),
+        warm_start=c.WarmStartConfig(
+            num_steps=4, num_grounding_steps=2, num_episodes=8, batch_size=16
+        ),
         simulation=c.SimulationConfig(num_groups=2, envs_per_group=8, segment_length=4),
         serving=c.ServingConfig(max_batch=8),
         learning=c.LearningConfig(num_updates=4, trajectories_per_update=2),

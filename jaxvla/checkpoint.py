@@ -1,14 +1,19 @@
 """Checkpoints that are atomic, verified, and restored only against a known structure.
 
 A step holds two items: `arrays`, a pytree of arrays (orbax), and `record`, JSON with
-counters and the SHA-256 of every leaf. Orbax makes a step visible only when all of it is
-written. It does not notice flipped bytes in a data file, hence the digests: a step that
-does not match is skipped with a loud message in favour of the one before it.
+counters and the dtype, shape and SHA-256 of every leaf. Orbax makes a step visible only
+when all of it is written. It does not notice flipped bytes in a data file, hence the
+digests: a step that does not match is skipped with a loud message in favour of the one
+before it. A step that is sound but has another structure is refused.
 """
 
 import hashlib
+import json
 import logging
 import pathlib
+import shutil
+import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +21,28 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jaxvla.config import UsageError
 from jaxvla.sharding import path_name
 
 _LOG = logging.getLogger(__name__)
 
+_UNFINISHED = "*.orbax-checkpoint-tmp"
+"""Steps that a killed process left behind."""
+
+_LeafKinds = dict[str, str]
+"""Leaf path -> dtype and shape, such as "float32 [2, 3]"."""
+
+TargetFor = Callable[[dict[str, Any]], Any]
+"""From a step's record to the pytree of arrays or shape structs (with shardings) that the
+step must match."""
+
 
 class CorruptCheckpointError(RuntimeError):
     """Every checkpoint of the work directory is damaged."""
+
+
+class CheckpointMismatchError(UsageError):
+    """A sound checkpoint has other leaves, shapes or dtypes than the run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +56,10 @@ class Restored:
     """The JSON record given to `save`."""
 
 
+class _DamagedError(Exception):
+    """A step cannot be read, or is not what was written."""
+
+
 class Checkpointer:
     """Checkpoints of one work directory."""
 
@@ -44,6 +68,9 @@ class Checkpointer:
         self._directory = directory.resolve()
         self._keep = keep
         self._manager: ocp.CheckpointManager | None = None
+        self._damaged: list[int] = []
+        """Steps found damaged since the last save."""
+        self._has_saved = False
 
     def steps(self) -> list[int]:
         """Complete steps, oldest first. Writes nothing."""
@@ -54,44 +81,55 @@ class Checkpointer:
     def save(self, step: int, arrays: Any, record: dict[str, Any]) -> None:
         """Writes a step and returns when it is complete. An existing step stays as it is.
 
+        Steps that `restore` passed over are set aside first, as STEP.damaged-*: else the
+        run would not be able to write them again.
+
         Args:
-          step: learner update.
-          arrays: pytree of arrays.
+          step: learner update, greater than those of all sound steps.
+          arrays: pytree of arrays, none of them empty.
           record: JSON-serialisable counters.
+
+        Raises:
+          ValueError: there is a later step, or an array is empty.
+          TypeError: JSON cannot hold the record. Nothing has been written then.
         """
+        self._set_damaged_aside()
+        self._remove_unfinished()
         manager = self._open()
-        if step in manager.all_steps():
+        steps = manager.all_steps()
+        if step in steps:
             return
+        if steps and step < max(steps):
+            raise ValueError(f"step {step} comes after step {max(steps)} was saved")
+        body = {"record": record, "kinds": _kinds(arrays), "digests": _digests(arrays)}
+        body = json.loads(json.dumps(body))  # as it will be read: keys are strings
         manager.save(
             step,
             args=ocp.args.Composite(
                 arrays=ocp.args.PyTreeSave(arrays),
-                record=ocp.args.JsonSave({"record": record, "digests": _digests(arrays)}),
+                record=ocp.args.JsonSave({**body, "digest": _json_digest(body)}),
             ),
         )
         manager.wait_until_finished()
 
-    def record(self, step: int) -> dict[str, Any]:
-        """The JSON record of a step, without its arrays and without verification."""
-        items = self._open().restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))
-        return items["record"]["record"]
-
-    def restore(self, target_for: Any) -> Restored | None:
+    def restore(self, target_for: TargetFor) -> Restored | None:
         """The newest step that passes verification, or None when there is no step.
 
         Args:
-          target_for: function from a step's record to the pytree of arrays or shape structs
-            (with shardings) that the step must match; nothing else is read from the files.
+          target_for: what the step must match; nothing else is read from the files.
 
         Raises:
+          CheckpointMismatchError: the newest sound step does not match.
           CorruptCheckpointError: there are steps, and all of them are damaged.
         """
+        self._damaged = []
         steps = self.steps()
         for step in reversed(steps):
             try:
                 return self._restore(step, target_for)
-            except (ValueError, KeyError, OSError) as error:
+            except _DamagedError as error:
                 _LOG.error("checkpoint %d is damaged and was passed over: %s", step, error)
+                self._damaged.append(step)
         if steps:
             raise CorruptCheckpointError(
                 f"no checkpoint in {self._directory} passes verification (steps {steps}); "
@@ -99,8 +137,22 @@ class Checkpointer:
             )
         return None
 
+    def check(self, target_for: TargetFor) -> None:
+        """Compares the newest readable step with a target, without reading its arrays.
+
+        Raises:
+          CheckpointMismatchError: they do not match.
+        """
+        for step in reversed(self.steps()):
+            try:
+                body = self._body(step)
+            except _DamagedError:
+                continue  # `restore` says so
+            self._require_match(step, body["kinds"], target_for(body["record"]))
+            return
+
     def close(self) -> None:
-        """Waits for writes and frees threads."""
+        """Frees threads."""
         if self._manager is not None:
             self._manager.close()
             self._manager = None
@@ -113,32 +165,87 @@ class Checkpointer:
             self._manager = ocp.CheckpointManager(self._directory, options=options)
         return self._manager
 
-    def _restore(self, step: int, target_for: Any) -> Restored:
-        manager = self._open()
-        stored = manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))
-        record, digests = stored["record"]["record"], stored["record"]["digests"]
-        target = target_for(record)
-        arrays = manager.restore(
-            step,
-            args=ocp.args.Composite(
-                arrays=ocp.args.PyTreeRestore(
-                    target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)
-                )
-            ),
-        )["arrays"]
+    def _set_damaged_aside(self) -> None:
+        for step in self._damaged:
+            path = self._directory / str(step)
+            aside = path.with_name(f"{step}.damaged-{uuid.uuid4().hex[:8]}")
+            path.rename(aside)
+            _LOG.error("set the damaged checkpoint %d aside as %s", step, aside)
+        if self._damaged:
+            self._damaged = []
+            self.close()  # orbax remembers the steps
+
+    def _remove_unfinished(self) -> None:
+        """Only before the first save: later ones are this process's own."""
+        if not self._has_saved and self._directory.is_dir():
+            for path in self._directory.glob(_UNFINISHED):
+                shutil.rmtree(path)
+        self._has_saved = True
+
+    def _restore(self, step: int, target_for: TargetFor) -> Restored:
+        body = self._body(step)
+        target = target_for(body["record"])
+        self._require_match(step, body["kinds"], target)
+        arrays = self._arrays(step, target)
         found = _digests(arrays)
-        wrong = sorted(name for name in found if digests.get(name) != found[name])
-        if wrong or len(found) != len(digests):
-            raise ValueError(f"{len(wrong)} leaves do not match their digest, first {wrong[:3]}")
-        return Restored(step=step, arrays=arrays, record=record)
+        wrong = sorted(name for name in found if body["digests"][name] != found[name])
+        if wrong:
+            raise _DamagedError(f"{len(wrong)} leaves do not match their digest, first {wrong[:3]}")
+        return Restored(step=step, arrays=arrays, record=body["record"])
+
+    def _body(self, step: int) -> dict[str, Any]:
+        """The verified JSON of a step: "record", "kinds" and "digests"."""
+        args = ocp.args.Composite(record=ocp.args.JsonRestore())
+        try:
+            body = dict(self._open().restore(step, args=args)["record"])
+            digest = body.pop("digest")
+        except (ValueError, TypeError, KeyError, OSError) as error:
+            raise _DamagedError(f"unreadable record: {error}") from error
+        if digest != _json_digest(body):
+            raise _DamagedError("the record does not match its digest")
+        return body
+
+    def _arrays(self, step: int, target: Any) -> Any:
+        restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+        args = ocp.args.Composite(arrays=ocp.args.PyTreeRestore(target, restore_args=restore_args))
+        try:
+            return self._open().restore(step, args=args)["arrays"]
+        except (ValueError, TypeError, KeyError, OSError) as error:
+            raise _DamagedError(f"unreadable arrays: {error}") from error
+
+    def _require_match(self, step: int, kinds: _LeafKinds, target: Any) -> None:
+        wanted = _kinds(target)
+        wrong = [name for name in {**kinds, **wanted} if kinds.get(name) != wanted.get(name)]
+        if not wrong:
+            return
+        name, more = wrong[0], f" (and {len(wrong) - 1} more leaves)" if len(wrong) > 1 else ""
+        raise CheckpointMismatchError(
+            f"checkpoint {step} of {self._directory} was made with other settings: {name} is "
+            f"{kinds.get(name, 'absent')} in it, {wanted.get(name, 'absent')} now{more}. "
+            "Fix: the settings in the run's config.json, or --workdir=NEW_DIR"
+        )
+
+
+def _kinds(tree: Any) -> _LeafKinds:
+    """Of arrays or shape structs."""
+    return {
+        path_name(path): f"{np.dtype(leaf.dtype).name} {list(leaf.shape)}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def _digests(tree: Any) -> dict[str, str]:
-    """Leaf path -> SHA-256 over dtype, shape and bytes."""
+    """Leaf path -> SHA-256 of its bytes in row-major order. One leaf at a time is on the host."""
     digests = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if isinstance(leaf, jax.Array):
+            # Of a copy: JAX keeps the host value of an array for as long as the array lives.
+            leaf = jax.device_put(leaf, leaf.sharding, may_alias=False)
         array = np.ascontiguousarray(np.asarray(leaf))
-        digest = hashlib.sha256(f"{array.dtype.str}{array.shape}".encode())
-        digest.update(array.view(np.uint8).data if array.size else b"")
-        digests[path_name(path)] = digest.hexdigest()
+        digests[path_name(path)] = hashlib.sha256(array.view(np.uint8).data).hexdigest()
     return digests
+
+
+def _json_digest(body: dict[str, Any]) -> str:
+    """SHA-256 of JSON that does not depend on the order of keys."""
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

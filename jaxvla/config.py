@@ -106,17 +106,22 @@ class OptimizerConfig:
 
 @dataclass(kw_only=True, slots=True)
 class WarmStartConfig:
-    """Supervised flow-matching start on scripted demonstrations."""
+    """Supervised start on scripted demonstrations, before RL."""
 
     num_steps: int = 0
-    """Optimizer steps; 0 skips the warm start."""
+    """Optimizer steps on demonstrations; 0 skips the warm start."""
+    num_grounding_steps: int = 0
+    """Optimizer steps before those, on random scenes: the vision-language half of the policy
+    learns where the named object is. For device envs that can tell, and policies with a
+    grounding head."""
     num_episodes: int = 128
     """Scripted demonstration episodes, split evenly over the tasks."""
     noise_std: float = 0.5
     """Disturbance of the expert's actions, so that demonstrations show how to recover."""
-    batch_size: int = 64
+    batch_size: int = 32
     """Samples per optimizer step."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Of both stages; each starts afresh."""
 
 
 @dataclass(kw_only=True, slots=True)

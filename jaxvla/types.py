@@ -97,6 +97,17 @@ class ChunkResult:
 
 
 @flax.struct.dataclass(kw_only=True)
+class SupervisedBatch:
+    """Labelled observations. Leading axis B; a label that is None is not trained on."""
+
+    observation: Observation
+    actions: jax.Array | None
+    """float32 [B, H, A], the actions that followed, in the env's units."""
+    target_mask: jax.Array | None
+    """bool [B, C, h, w], pixels of the object that the instruction names."""
+
+
+@flax.struct.dataclass(kw_only=True)
 class PolicySample:
     """One inference result. Leading axis B unless stated."""
 

@@ -10,6 +10,10 @@ from typing import Any
 from jaxvla.config import ConfigError, ExperimentConfig, override
 from jaxvla.layout import Layout, LayoutError, parse_layout
 
+_MAX_FLOAT32 = 3.4028234663852886e38
+_MAX_BUCKETS = 64
+"""Batch sizes compiled without being asked for one by one."""
+
 
 def validate(config: ExperimentConfig) -> None:
     """Checks everything that needs no device.
@@ -90,7 +94,6 @@ _RANGES = (
             "warm_start.batch_size",
             "warm_start.num_episodes",
             "checkpoint.interval",
-            "runtime.grace_s",
             *_of_optimizers("learning_rate", "value_learning_rate", "clip_norm", "eps"),
         ),
     ),
@@ -100,14 +103,26 @@ _RANGES = (
         fix=0,
         names=(
             "schedule.max_staleness",
-            "serving.max_wait_ms",
             "warm_start.num_steps",
+            "warm_start.num_grounding_steps",
             "warm_start.noise_std",
             "evaluation.num_episodes",
             "evaluation.interval",
             "evaluation.num_videos",
             *_of_optimizers("weight_decay", "warmup_steps", "decay_steps"),
         ),
+    ),
+    _Range(
+        allowed="must be in [0, 3600000], at most an hour",
+        holds=lambda x: 0 <= x <= 3.6e6,
+        fix=20.0,
+        names=("serving.max_wait_ms",),
+    ),
+    _Range(
+        allowed="must be in (0, 3600], at most an hour",
+        holds=lambda x: 0 < x <= 3600,
+        fix=12.0,
+        names=("runtime.grace_s",),
     ),
     _Range(
         allowed="must be in [0, 1]",
@@ -198,17 +213,22 @@ def _validate_types(config: ExperimentConfig) -> None:
 
 def type_name(kind: Any) -> str:
     """How error messages call the type of a setting."""
-    names = {int: "an integer", float: "a finite number", bool: "True or False", str: "a string"}
+    names = {
+        int: "an integer",
+        float: "a finite 32-bit float",
+        bool: "True or False",
+        str: "a string",
+    }
     if typing.get_origin(kind) is tuple:
         return f"a tuple, each element {type_name(typing.get_args(kind)[0])}"
     return names.get(kind, f"of type {getattr(kind, '__name__', kind)}")
 
 
 def _is_a(value: Any, kind: Any) -> bool:
-    """Whether a value fits an annotation. Numbers must be finite, and a bool is no number."""
+    """Whether a value fits an annotation. Floats must fit in float32, and a bool is no number."""
     if kind is float:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return is_number and math.isfinite(value)
+        return is_number and abs(value) <= _MAX_FLOAT32
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if typing.get_origin(kind) is tuple:
@@ -238,6 +258,10 @@ def _validate_names(config: ExperimentConfig) -> None:
 
 def _validate_ranges(config: ExperimentConfig) -> None:
     fields = {name: item for name, _, item in _settings(config)}
+    for name, item in fields.items():
+        if item.type is int and not name.endswith("seed"):
+            holds = abs(_get(config, name)) < 2**31
+            _require(config, name, holds, "must be less than 2**31", _default(item, 1))
     for rule in _RANGES:
         for name in rule.names:
             default = _default(fields[name], rule.fix)
@@ -349,6 +373,13 @@ def _validate_serving(config: ExperimentConfig, layout: Layout) -> None:
         bool(serving.buckets) or max_batch % envs == 0,
         f"must be a multiple of simulation.envs_per_group = {envs} unless serving.buckets is given",
         envs * (max_batch // envs),
+    )
+    _require(
+        config,
+        "serving.buckets",
+        bool(serving.buckets) or max_batch // envs <= _MAX_BUCKETS,
+        f"must be given: the default would compile {max_batch // envs} batch sizes",
+        (envs, data * -(-max_batch // data)),
     )
     _require(
         config,

@@ -25,6 +25,9 @@ class PPOConfig(AlgorithmConfig):
     """gamma per chunk, in [0, 1]."""
     trace_decay: float = 0.95
     """lambda of the advantage estimator, in [0, 1]."""
+    bootstrap_truncated: bool = True
+    """An episode cut by its time limit is worth what the critic makes of its last observation
+    (right when the limit is not part of the task); off: nothing more, as if it had failed."""
     clip_low: float = 0.2
     """The ratio is clipped below at 1 - clip_low."""
     clip_high: float = 0.2
@@ -66,11 +69,14 @@ class PPO:
 
     def prepare(self, trajectory: Trajectory) -> TrainingBatch:
         """Advantages by GAE and returns A + V; see `Algorithm.prepare`."""
+        terminated = trajectory.terminated
+        if not self.config.bootstrap_truncated:
+            terminated |= trajectory.truncated
         advantage = returns.generalized_advantages(
             reward=trajectory.reward,
             value=trajectory.value,
             bootstrap_value=trajectory.bootstrap_value,
-            terminated=trajectory.terminated,
+            terminated=terminated,
             truncated=trajectory.truncated,
             valid=trajectory.valid,
             discount=self.config.discount,
@@ -123,6 +129,6 @@ class PPO:
             "ratio/max": jnp.max(ratio * batch.weight),
             "clip_fraction": losses.weighted_mean(is_clipped.astype(jnp.float32), batch.weight),
             # E[(r - 1) - log r], the low-variance estimator of KL(behavior || policy)
-            # (http://joschu.net/blog/kl-approx.html).
-            "approx_kl": losses.weighted_mean(ratio - 1.0 - log_ratio, batch.weight),
+            # (http://joschu.net/blog/kl-approx.html). As expm1, for r - 1 rounds small ones off.
+            "approx_kl": losses.weighted_mean(jnp.expm1(log_ratio) - log_ratio, batch.weight),
         }

@@ -59,3 +59,16 @@ class DeviceEnv(Protocol):
     def expert_action(self, state: EnvState) -> jax.Array:
         """float32 [A], a scripted action that uses the full state."""
         ...
+
+
+@runtime_checkable
+class GroundedEnv(DeviceEnv, Protocol):
+    """A device env that knows which pixels its instructions speak of."""
+
+    def scene(self, key: jax.Array, task: jax.Array) -> EnvState:
+        """A random world to look at, not to step: no physics has settled it."""
+        ...
+
+    def target_mask(self, states: EnvState) -> jax.Array:
+        """bool [E, C, h, w], visible pixels of the object that each instruction names."""
+        ...

@@ -24,7 +24,7 @@ from jaxvla.config import ConfigError, EnvConfig
 from jaxvla.envs import tabletop_expert
 from jaxvla.envs import tabletop_scene as scene
 from jaxvla.envs.base import EnvState
-from jaxvla.envs.rendering.ray_caster import RayCaster, ScenePoses
+from jaxvla.envs.rendering.ray_caster import Frames, RayCaster, ScenePoses
 from jaxvla.types import EnvObservation, EnvSpec
 
 TASKS = {
@@ -99,7 +99,7 @@ class TabletopState(EnvState):
 
 
 class Tabletop:
-    """Implements DeviceEnv; see the module docstring."""
+    """Implements GroundedEnv; see the module docstring."""
 
     def __init__(self, config: TabletopConfig):
         self.config = config
@@ -158,6 +158,17 @@ class Tabletop:
             truncated=jnp.zeros((), bool),
             success=jnp.zeros((), bool),
         )
+
+    def scene(self, key: jax.Array, task: jax.Array) -> TabletopState:
+        """Like `reset`, with the hand somewhere on its way to one of the blocks."""
+        reset_key, block_key, way_key = jax.random.split(key, 3)
+        state = self.reset(reset_key, task)
+        index = jax.random.randint(block_key, (), 0, scene.NUM_BLOCKS)
+        block = self.block(state.replace(target=index))
+        top = block + jnp.asarray([0.0, 0.0, scene.BLOCK_HALF_M])
+        tip = state.set_point + jax.random.uniform(way_key) * (top - state.set_point)
+        hand = tip - jnp.asarray([0.0, 0.0, _TIP_AT_ZERO_M])
+        return state.replace(qpos=state.qpos.at[:3].set(hand), set_point=tip)
 
     def _initial_qpos(self, tip: jax.Array, places: jax.Array) -> jax.Array:
         hand = tip - jnp.asarray([0.0, 0.0, _TIP_AT_ZERO_M])
@@ -222,13 +233,22 @@ class Tabletop:
 
     def observe(self, states: TabletopState) -> EnvObservation:
         """Renders both cameras of every world; leading axis [E]."""
-        poses = jax.vmap(self._poses)(states)
-        images = self._renderer.render_batch(poses, jax.vmap(self._colors)(states)).rgb
+        images = self._render(states).rgb
         opening = states.qpos[:, 3:5].mean(-1, keepdims=True)
         return EnvObservation(
             images=images,
             state=jnp.concatenate([jax.vmap(self.tip)(states), opening], -1),
             instruction=self.instruction_ids(states),
+        )
+
+    def target_mask(self, states: TabletopState) -> jax.Array:
+        """Pixels of the named block, see GroundedEnv."""
+        target = jnp.asarray(self._block_geoms)[states.target]
+        return self._render(states).segmentation == target[:, None, None, None]
+
+    def _render(self, states: TabletopState) -> Frames:
+        return self._renderer.render_batch(
+            jax.vmap(self._poses)(states), jax.vmap(self._colors)(states)
         )
 
     def _poses(self, state: TabletopState) -> ScenePoses:

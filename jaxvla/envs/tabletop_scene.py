@@ -9,8 +9,8 @@ FINGER_OPEN_M = 0.035
 """Travel of each finger from closed to open."""
 TIP_BELOW_HAND_M = 0.075
 """Distance from the hand's origin down to the finger tips."""
-PHYSICS_DT_S = 0.01
-SUBSTEPS = 5
+PHYSICS_DT_S = 0.0125
+SUBSTEPS = 4
 """Physics steps per control step: 20 Hz control."""
 
 # Collision bits: table 1, blocks 2, fingers 4. Fingers are capsules because box-capsule
@@ -32,13 +32,13 @@ _BLOCK = """
 
 _SCENE = """
 <mujoco model="tabletop">
-  <option timestep="{dt}" iterations="4" ls_iterations="6" cone="pyramidal">
+  <option timestep="{dt}" iterations="2" ls_iterations="4" cone="pyramidal">
     <flag eulerdamp="disable"/>
   </option>
   <compiler autolimits="true"/>
   <custom>
     <numeric name="max_geom_pairs" data="6"/>
-    <numeric name="max_contact_points" data="24"/>
+    <numeric name="max_contact_points" data="16"/>
   </custom>
   <visual>
     <headlight ambient="0.45 0.45 0.45" diffuse="0 0 0" specular="0 0 0"/>

@@ -37,9 +37,9 @@ class Progress:
     version: int = 0
     """Completed updates."""
     skipped_in_a_row: int = 0
-    """Latest updates in which every optimizer step was skipped."""
+    """Latest updates that had to skip an optimizer step."""
     groups: dict[str, Any] = field(default_factory=dict)
-    """Env group -> where it stood after its last consumed trajectory."""
+    """Env group -> where it stood after its last trajectory that went into `version`."""
 
 
 class Learner:
@@ -91,6 +91,9 @@ class Learner:
         self._recorder = recorder
         self._meter = meter
         self._on_update = on_update
+        self._reached: dict[str, Any] = {}
+        """Where env groups stand once the update in progress is complete. Not `progress` before
+        that: an update that streams in and is interrupted is made again by a resumed run."""
 
     def threads(self) -> dict[str, Callable[[], None]]:
         """Thread name -> function, for the runtime to start."""
@@ -104,6 +107,7 @@ class Learner:
             if metrics is None:
                 return
             self.progress.version += 1
+            self.progress.groups |= self._reached
             self._publish()
             self._note(metrics)
             self._on_update(self)
@@ -139,17 +143,15 @@ class Learner:
 
     def _streamed(self) -> dict[str, Any] | None:
         """One optimizer step from gradients accumulated as trajectories arrive."""
-        count = self._learning.trajectories_per_update
         total, steps = None, []
-        for _ in range(count):
+        for _ in range(self._learning.trajectories_per_update):
             items = self._take(1)
             if items is None:
                 return None
             with self._meter.busy("train"):
                 payload = self._functions.place(items[0].payload)
-                grads, metrics = self._functions.gradient(self.state.params, payload)
-                zeros = total if total is not None else jax.tree.map(jnp.zeros_like, grads)
-                total = self._functions.accumulate(zeros, grads, jnp.float32(1.0 / count))
+                part, metrics = self._functions.gradient(self.state.params, payload)
+                total = part if total is None else self._functions.accumulate(total, part)
                 steps.append(metrics)
         with self._meter.busy("train"):
             self.state, norm = self._functions.apply(self.state, total)
@@ -160,7 +162,7 @@ class Learner:
             items = self._queue.take(count, self.progress.version)
         for item in items or ():
             self.staleness.append(self.progress.version - item.policy_version_min)
-            self.progress.groups[item.info.group] = {
+            self._reached[item.info.group] = {
                 "next_segment": item.info.next_segment,
                 "end_state": item.info.end_state,
             }

@@ -1,6 +1,7 @@
 """The optimizer: AdamW per parameter group, with frozen leaves left out entirely."""
 
 import re
+from collections.abc import Hashable
 from typing import Any
 
 import jax
@@ -65,7 +66,7 @@ def make_optimizer(
             weight_decay=config.weight_decay,
         )
 
-    groups = {
+    groups: dict[Hashable, optax.GradientTransformation] = {
         "policy": adamw(config.learning_rate),
         "value": adamw(config.value_learning_rate),
         "frozen": optax.set_to_zero(),
@@ -83,6 +84,16 @@ def _label(path: str, trainable: str) -> str:
     return "value" if _VALUE_HEAD.search(path) else "policy"
 
 
+def freeze(params: Params, trainable: str) -> Params:
+    """Stops gradients at the leaves whose path does not match, so that no backward pass is
+    computed through what lies before them."""
+
+    def stop(path: Any, leaf: jax.Array) -> jax.Array:
+        return leaf if re.search(trainable, path_name(path)) else jax.lax.stop_gradient(leaf)
+
+    return jax.tree_util.tree_map_with_path(stop, params)
+
+
 def trained_norm(grads: Any, trainable: str) -> jax.Array:
     """Global norm of the gradients of trainable leaves, float32 []."""
     kept = [
@@ -90,4 +101,4 @@ def trained_norm(grads: Any, trainable: str) -> jax.Array:
         for path, leaf in jax.tree_util.tree_leaves_with_path(grads)
         if re.search(trainable, path_name(path))
     ]
-    return optax.global_norm(kept)
+    return optax.tree.norm(kept)

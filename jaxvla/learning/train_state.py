@@ -1,5 +1,6 @@
 """What an optimizer step changes."""
 
+import dataclasses
 from typing import Any
 
 import flax.struct
@@ -47,12 +48,13 @@ def apply_gradients(
     A skipped step leaves parameters and optimizer state bitwise as they were.
     """
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params: Any = optax.apply_updates(state.params, updates)
     stepped = TrainState(
-        params=optax.apply_updates(state.params, updates),
+        params=params,
         opt_state=opt_state,
         num_steps=state.num_steps + 1,
         num_skipped=state.num_skipped,
     )
-    skipped = state.replace(num_skipped=state.num_skipped + 1)
+    skipped = dataclasses.replace(state, num_skipped=state.num_skipped + 1)
     is_finite = jnp.isfinite(grad_norm)
     return jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), stepped, skipped)

@@ -8,6 +8,7 @@ never exchange samples, and the composition of a minibatch does not depend on th
 from collections.abc import Sequence
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
@@ -15,10 +16,20 @@ from jax.sharding import Mesh
 
 from jaxvla import sharding
 from jaxvla.algorithms.base import Algorithm, Metrics
-from jaxvla.learning.optimizer import trained_norm
+from jaxvla.learning.optimizer import freeze, trained_norm
 from jaxvla.learning.train_state import TrainState, apply_gradients
 from jaxvla.models.base import Policy
-from jaxvla.types import Params, TrainingBatch, Trajectory
+from jaxvla.types import Params, SupervisedBatch, TrainingBatch, Trajectory
+
+
+@flax.struct.dataclass(kw_only=True)
+class GradientSum:
+    """Gradients of trajectories, added up over samples until the optimizer step."""
+
+    grads: Params
+    """Sum over the samples of weight * gradient."""
+    weight: jax.Array
+    """float32 [], sum of the samples' weights."""
 
 
 class TrainFunctions:
@@ -37,7 +48,7 @@ class TrainFunctions:
     ):
         """Args:
         policy, algorithm, optimizer: what is trained, for what, and how.
-        trainable: `OptimizerConfig.trainable`, for the gradient norm.
+        trainable: `OptimizerConfig.trainable`; no gradient is computed for the other leaves.
         mesh: learning mesh.
         shardings: placement of the train state.
         num_minibatches: optimizer steps per epoch.
@@ -50,16 +61,18 @@ class TrainFunctions:
         self.columns = sharding.batch_sharding(mesh, axis=1)
         """Placement of [T, B] trajectories."""
         self.rows = sharding.batch_sharding(mesh)
-        whole = sharding.replicated(mesh)
+        whole: Any = sharding.replicated(mesh)
         self.prepare = jax.jit(self._prepare, out_shardings=self.columns)
         self.draw = jax.jit(self._draw, static_argnums=1, out_shardings=self.columns)
         self.step = jax.jit(self._step, donate_argnums=0, out_shardings=(shardings, whole))
         self.supervised_step = jax.jit(
             self._supervised_step, donate_argnums=0, out_shardings=(shardings, whole)
         )
-        self.gradient = jax.jit(self._gradient, out_shardings=(shardings.params, whole))
-        self.accumulate = jax.jit(_accumulate, donate_argnums=0, out_shardings=shardings.params)
-        self.apply = jax.jit(self._apply, donate_argnums=(0, 1), out_shardings=(shardings, whole))
+        sums = GradientSum(grads=shardings.params, weight=whole)
+        self.gradient = jax.jit(self._gradient, out_shardings=(sums, whole))
+        self.accumulate = jax.jit(_accumulate, donate_argnums=0, out_shardings=sums)
+        # The sum is not donated: no output has room for it.
+        self.apply = jax.jit(self._apply_sum, donate_argnums=0, out_shardings=(shardings, whole))
 
     def place(self, trajectory: Trajectory) -> Trajectory:
         """Moves a trajectory onto the learning mesh."""
@@ -88,6 +101,7 @@ class TrainFunctions:
 
     def _loss_and_grad(self, params: Params, batch: TrainingBatch) -> tuple[Params, Metrics]:
         def loss(params: Params) -> tuple[jax.Array, Metrics]:
+            params = freeze(params, self._trainable)
             return self._algorithm.loss(self._policy, params, batch)
 
         (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
@@ -105,25 +119,36 @@ class TrainFunctions:
         norm = trained_norm(grads, self._trainable)
         return apply_gradients(state, grads, norm, self._optimizer), norm
 
-    def _gradient(self, params: Params, trajectory: Trajectory) -> tuple[Params, Metrics]:
+    def _gradient(self, params: Params, trajectory: Trajectory) -> tuple[GradientSum, Metrics]:
         """Gradient of one trajectory's loss, for accumulation."""
         batch = self._algorithm.prepare(trajectory)
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
-        return self._loss_and_grad(params, flat)
+        grads, metrics = self._loss_and_grad(params, flat)
+        weight = flat.weight.sum()
+        total = jax.tree.map(lambda g: weight * g, grads)
+        return GradientSum(grads=total, weight=weight), metrics
+
+    def _apply_sum(self, state: TrainState, total: GradientSum) -> tuple[TrainState, jax.Array]:
+        """One optimizer step on the mean over all samples, as if they had come in one batch."""
+        weight = jnp.where(total.weight > 0.0, total.weight, 1.0)
+        return self._apply(state, jax.tree.map(lambda g: g / weight, total.grads))
 
     def _supervised_step(
-        self, state: TrainState, observation: Any, actions: jax.Array, key: jax.Array
+        self, state: TrainState, batch: SupervisedBatch, key: jax.Array
     ) -> tuple[TrainState, Metrics]:
-        """One optimizer step of imitation on [B] samples."""
+        """One optimizer step on the mean loss of [B] labelled samples."""
 
-        def loss(params: Params) -> jax.Array:
-            return self._policy.supervised_loss(params, observation, actions, key).mean()
+        def loss(params: Params) -> tuple[jax.Array, Metrics]:
+            params = freeze(params, self._trainable)
+            terms = self._policy.supervised_loss(params, batch, key)
+            means = {f"loss/{name}": term.mean() for name, term in terms.items()}
+            return jnp.sum(jnp.stack(list(means.values()))), means
 
-        value, grads = jax.value_and_grad(loss)(state.params)
+        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
         state, norm = self._apply(state, grads)
-        return state, {"loss/total": value, "grad_norm": norm}
+        return state, metrics | {"grad_norm": norm}
 
 
-def _accumulate(total: Params, grads: Params, share: jax.Array) -> Params:
-    """total + share * grads."""
-    return jax.tree.map(lambda t, g: t + share * g, total, grads)
+def _accumulate(total: GradientSum, part: GradientSum) -> GradientSum:
+    """Adds one trajectory's share."""
+    return jax.tree.map(jnp.add, total, part)

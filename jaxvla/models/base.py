@@ -5,7 +5,7 @@ from typing import Any, Protocol
 import flax.struct
 import jax
 
-from jaxvla.types import Observation, Params, PolicySample
+from jaxvla.types import Observation, Params, PolicySample, SupervisedBatch
 
 Rules = tuple[tuple[str, tuple[str | None, ...]], ...]
 """(regular expression over '/'-joined parameter paths, logical axis per dimension)."""
@@ -94,9 +94,12 @@ class Policy(Protocol):
         ...
 
     def supervised_loss(
-        self, params: Params, observation: Observation, actions: jax.Array, key: jax.Array
-    ) -> jax.Array:
-        """Imitation loss float32 [B] of actions float32 [B, H, A] in env units."""
+        self, params: Params, batch: SupervisedBatch, key: jax.Array
+    ) -> dict[str, jax.Array]:
+        """Terms of the supervised loss by name, each float32 [B] and weighted: the loss is
+        their sum. "actions" imitates `batch.actions`, "grounding" finds `batch.target_mask`;
+        a term whose label is None, or that the policy has no head for, is absent.
+        """
         ...
 
     def rules(self) -> Rules:

@@ -3,7 +3,7 @@
 A SigLIP encoder and a Gemma language model read images and instruction (the prefix); an
 action expert predicts the flow-matching velocity of an action chunk (the suffix). One
 implementation serves all sizes. Parameters are a nested dict of arrays shaped and named
-like openpi's; what openpi has not (`value_head`) lies beside its tree.
+like openpi's; what openpi has not (`value_head`, `grounding_head`) lies beside its tree.
 
 dtype policy: parameters, patch embedding, action/time/state projections, flow state, value
 head, log-probs and losses are float32; the transformers run in `PiConfig.dtype`.
@@ -15,7 +15,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jaxvla.models import flow, gemma, siglip
+from jaxvla.models import flow, gemma, grounding, siglip
 from jaxvla.models.base import Normalizer, Prefix, Rules
 from jaxvla.models.layers import (
     Leaf,
@@ -27,7 +27,7 @@ from jaxvla.models.layers import (
     time_embedding,
 )
 from jaxvla.models.pi_config import PiConfig, require
-from jaxvla.types import Observation, Params, PolicySample
+from jaxvla.types import Observation, Params, PolicySample, SupervisedBatch
 
 __all__ = ["PiConfig", "PiPolicy"]
 
@@ -69,7 +69,8 @@ class PiPolicy:
             f"PaliGemma/img/{path}": leaf for path, leaf in siglip.leaves(config.vision).items()
         }
         table |= {f"PaliGemma/llm/{path}": leaf for path, leaf in llm.items()}
-        return table | _projection_leaves(config) | _value_leaves(config)
+        table |= _projection_leaves(config) | _value_leaves(config)
+        return table | (grounding.leaves(config.vlm_width) if config.grounding_coef else {})
 
     def init(self, key: jax.Array) -> Params:
         """Fresh float32 parameters; see the leaf declarations for the distributions."""
@@ -109,43 +110,65 @@ class PiPolicy:
             ),
             trace=trace,
             log_prob=log_prob,
-            value=self.value(params, prefix),
+            value=self.value(params, prefix, state),
         )
 
     def evaluate(
         self, params: Params, observation: Observation, trace: flow.FlowTrace
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """log_prob, entropy and value, each float32 [B], see `Policy.evaluate`."""
-        prefix = self._training_prefix(params, observation)
+        prefix = self.prefix(params, observation)
         state = self._model_state(observation)
         log_prob, entropy = self.log_prob(params, prefix, state, trace)
-        return log_prob, entropy, self.value(params, prefix)
+        return log_prob, entropy, self.value(params, prefix, state)
 
     def values(self, params: Params, observation: Observation) -> jax.Array:
         """Critic alone, float32 [B]."""
-        return self.value(params, self.prefix(params, observation))
+        prefix = self.prefix(params, observation)
+        return self.value(params, prefix, self._model_state(observation))
 
     def supervised_loss(
-        self, params: Params, observation: Observation, actions: jax.Array, key: jax.Array
-    ) -> jax.Array:
-        """Flow-matching loss: mean over H and A of (v - (n - a))^2.
+        self, params: Params, batch: SupervisedBatch, key: jax.Array
+    ) -> dict[str, jax.Array]:
+        """Terms of the supervised loss, each float32 [B], see `Policy.supervised_loss`.
 
-        Args:
-          params: parameters.
-          observation: leading axis B.
-          actions: float32 [B, H, A], env units.
-          key: typed key, shape [].
-
-        Returns:
-          float32 [B].
+        "actions" is the flow-matching loss, the mean over H, A and `loss_draws` draws of
+        (noise, flow time) of (v - (n - a))^2; "grounding" is `grounding.grounding_loss`.
         """
+        prefix = self.prefix(params, batch.observation)
+        terms = {}
+        if batch.actions is not None:
+            state = self._model_state(batch.observation)
+            actions = self._normalizer.normalize_actions(batch.actions)
+            terms["actions"] = self._imitation_loss(params, prefix, state, actions, key)
+        if batch.target_mask is not None and self.config.grounding_coef:
+            loss = grounding.grounding_loss(
+                params["grounding_head"], prefix.features, batch.target_mask, self.config.patch_size
+            )
+            terms["grounding"] = self.config.grounding_coef * loss
+        return terms
+
+    def _imitation_loss(
+        self, params: Params, prefix: Prefix, state: jax.Array, actions: jax.Array, key: jax.Array
+    ) -> jax.Array:
+        """Flow-matching loss float32 [B] of normalised actions [B, H, A]."""
+        draws = self.config.loss_draws
+
+        def repeat(x: jax.Array, axis: int = 0) -> jax.Array:
+            return jnp.repeat(x, draws, axis)
+
+        prefix = Prefix(
+            keys=repeat(prefix.keys, 1),
+            values=repeat(prefix.values, 1),
+            mask=repeat(prefix.mask),
+            features=repeat(prefix.features),
+        )
         noise_key, time_key = jax.random.split(key)
-        target = _pad_last(self._normalizer.normalize_actions(actions), self.config.action_dim)
+        target = repeat(_pad_last(actions, self.config.action_dim))
         noise = jax.random.normal(noise_key, target.shape)
         time = flow.draw_time(time_key, target.shape[0])
-        prefix = self._training_prefix(params, observation)
-        state = self._model_state(observation)
-        return self.flow_matching_loss(params, prefix, state, target, noise, time).mean(axis=1)
+        loss = self.flow_matching_loss(params, prefix, repeat(state), target, noise, time)
+        return loss.reshape(-1, draws * loss.shape[1]).mean(axis=1)
 
     def flow_matching_loss(
         self,
@@ -214,14 +237,19 @@ class PiPolicy:
         log_prob = self._score(trace, mean, std)
         return log_prob, jnp.zeros_like(log_prob)
 
-    def value(self, params: Params, prefix: Prefix) -> jax.Array:
-        """Critic: masked mean of the prefix features, then an MLP; float32 [B]."""
+    def value(self, params: Params, prefix: Prefix, state: jax.Array) -> jax.Array:
+        """Critic, float32 [B]: an MLP on the masked mean of the prefix features.
+
+        It reads the normalised state [B, state_dim] as well where the prefix does not.
+        """
         features = prefix.features.astype(jnp.float32)
         if self.config.detach_value:
             features = jax.lax.stop_gradient(features)
         mask = prefix.mask[:, :, None]
         total = jnp.sum(jnp.where(mask, features, 0.0), axis=1)
         hidden = total / jnp.maximum(jnp.sum(mask, axis=1), 1)
+        if self.config.state_input == "token":
+            hidden = jnp.concatenate([hidden, state], axis=-1)
         head = params["value_head"]
         for index in range(len(self.config.value_widths)):
             hidden = jax.nn.relu(dense(head[f"Dense_{index}"], hidden))
@@ -235,10 +263,6 @@ class PiPolicy:
         features = run_suffix(params, prefix, suffix, remat=self.config.remat)
         actions = features[:, -x_t.shape[1] :].astype(jnp.float32)
         return dense(params["action_out_proj"], actions)
-
-    def _training_prefix(self, params: Params, observation: Observation) -> Prefix:
-        prefix = self.prefix(params, observation)
-        return jax.lax.stop_gradient(prefix) if self.config.freeze_prefix else prefix
 
     def _model_state(self, observation: Observation) -> jax.Array:
         """Normalised state, zero-padded to the model's width."""
@@ -387,6 +411,8 @@ def _projection_leaves(config: PiConfig) -> dict[str, Leaf]:
 def _value_leaves(config: PiConfig) -> dict[str, Leaf]:
     """The value head: He init for the ReLU layers, small output as in piRL's critic."""
     table, width = {}, config.vlm_width
+    if config.state_input == "token":
+        width += config.state_dim
     for index, hidden in enumerate(config.value_widths):
         table |= dense_leaves(f"value_head/Dense_{index}", width, hidden, gain=2.0**0.5)
         width = hidden

@@ -70,9 +70,11 @@ class PiConfig(ModelConfig):
     """Compute dtype of the transformers: "float32" or "bfloat16"."""
     remat: bool = False
     """Recompute whole layers in the backward pass: least memory, about a third more compute."""
-    freeze_prefix: bool = False
-    """Gradients stop at the prefix: vision and language model do not train, updates cost a
-    quarter. The optimizer's `trainable` should leave their parameters out as well."""
+    grounding_coef: float = 0.0
+    """Weight of the grounding loss in supervised training, see `jaxvla.models.grounding`;
+    0: the model has no grounding head."""
+    loss_draws: int = 1
+    """Draws of (noise, flow time) per sample of the flow-matching loss; they share a prefix."""
     detach_value: bool = False
     """The value head's gradient does not reach the vision and language model."""
     num_denoise_steps: int = 4
@@ -149,6 +151,8 @@ class PiConfig(ModelConfig):
             size = getattr(self, total)
             fits = getattr(self, name) <= size
             require(self, name, fits, f"must be <= model.{total} = {size}", "lower it")
+        fits = self.grounding_coef >= 0.0
+        require(self, "grounding_coef", fits, "must be >= 0", "set 0")
         self._validate_exploration()
 
     def _validate_exploration(self) -> None:
@@ -217,6 +221,8 @@ def tiny_config() -> PiConfig:
         head_dim=16,
         vocab_size=320,
         value_widths=(128, 64),
+        grounding_coef=1.0,
+        loss_draws=4,
     )
 
 

@@ -8,9 +8,11 @@ waits for   the learner's last update, a failure, or a signal
 unblocked by  the programs
 """
 
+import functools
 import logging
 import pathlib
 import threading
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,10 +22,12 @@ import numpy as np
 from jaxvla import rng
 from jaxvla.checkpoint import Checkpointer, Restored
 from jaxvla.config import to_dict
+from jaxvla.data.demonstrations import num_samples, shuffled_batches
 from jaxvla.evaluation.evaluator import Evaluator
 from jaxvla.learning.learner import Learner, NonFiniteError, Progress
 from jaxvla.learning.train_state import TrainState, init_state
-from jaxvla.learning.warm_start import warm_start
+from jaxvla.learning.train_step import TrainFunctions
+from jaxvla.learning.warm_start import fit
 from jaxvla.runtime.build import Blueprint, Parts
 from jaxvla.runtime.groups import Groups
 from jaxvla.runtime.local import LocalRuntime, ProgramFailedError
@@ -37,7 +41,7 @@ from jaxvla.telemetry.writers import RunInfo
 from jaxvla.transport.base import WeightStore
 from jaxvla.transport.in_process import InProcessQueue, InProcessWeightStore
 from jaxvla.transport.staleness import CreditRule, StalenessViolation
-from jaxvla.types import Params
+from jaxvla.types import Params, SupervisedBatch
 
 _LOG = logging.getLogger(__name__)
 
@@ -204,28 +208,40 @@ class Controller:
         return init(params)
 
     def _warm_start(self, params: Params) -> Params:
-        config, root = self.config.warm_start, self._parts.root
+        """Grounding on random scenes, then imitation of scripted demonstrations."""
+        config, root = self.config.warm_start, rng.stream(self._parts.root, "warm_start")
+        demonstrator, size = self._groups.demonstrator, config.batch_size
+        if config.num_grounding_steps:
+            with self._screen.phase(f"grounding ({config.num_grounding_steps} steps of {size})"):
+                scenes = demonstrator.scenes(
+                    batch_size=size, num_batches=config.num_grounding_steps, key=root
+                )
+                params = self._fit(params, scenes)
         with self._screen.phase(f"demonstrations ({config.num_episodes} scripted episodes)"):
-            demonstrations = self._groups.demonstrator.collect(config.num_episodes, root)
-        functions, optimizer, placed = self._parts.train_functions(config.optimizer)
-        state = jax.jit(lambda p: init_state(p, optimizer), out_shardings=placed)(params)
-        samples = config.num_steps * config.batch_size
+            samples = demonstrator.collect(config.num_episodes, root)
         with self._screen.phase(
-            f"warm start ({config.num_steps} steps, {samples} of {len(demonstrations)} samples)"
+            f"imitation ({config.num_steps} steps of {size}, {num_samples(samples)} samples)"
         ):
-            trained = warm_start(
-                functions,
-                state,
-                demonstrations,
-                config=config,
-                key=rng.stream(root, "warm_start"),
-                seed=self.config.seed,
-                should_stop=self._stop_requested.is_set,
+            batches = shuffled_batches(
+                samples, batch_size=size, num_batches=config.num_steps, seed=self.config.seed
             )
+            return self._fit(params, batches)
+
+    @functools.cached_property
+    def _warm_start_functions(self) -> tuple[TrainFunctions, Any, TrainState]:
+        return self._parts.train_functions(self.config.warm_start.optimizer)
+
+    def _fit(self, params: Params, batches: Iterable[SupervisedBatch]) -> Params:
+        """One stage of the warm start, with a fresh optimizer; `params` are donated."""
+        functions, optimizer, placed = self._warm_start_functions
+        state = jax.jit(lambda p: init_state(p, optimizer), out_shardings=placed)(params)
+        key = rng.stream(self._parts.root, "warm_start")
+        trained = fit(functions, state, batches, key=key, should_stop=self._stop_requested.is_set)
         if trained is None:
             raise StoppedError
-        state, loss = trained
-        self._screen.message(f"warm start loss {loss:.3f}")
+        state, metrics = trained
+        terms = ", ".join(f"{name} {float(value):.3f}" for name, value in metrics.items())
+        self._screen.message(f"  {terms}")
         return state.params
 
     # ------------------------------------------------------------------- the programs

@@ -11,17 +11,20 @@ from typing import Any
 import jax
 
 from jaxvla.algorithms import ALGORITHMS
-from jaxvla.checkpoint import CorruptCheckpointError
+from jaxvla.checkpoint import Checkpointer, CorruptCheckpointError
 from jaxvla.config import ConfigError, ExperimentConfig, UsageError, override, to_dict
 from jaxvla.envs import ENVS
-from jaxvla.envs.base import DeviceEnv
+from jaxvla.envs.base import DeviceEnv, GroundedEnv
 from jaxvla.learning.optimizer import make_optimizer
+from jaxvla.learning.train_state import init_state
 from jaxvla.models import MODELS
-from jaxvla.runtime.build import Blueprint, draw_blueprint
+from jaxvla.runtime.build import Blueprint, Parts, draw_blueprint
 from jaxvla.runtime.controller import Controller
 from jaxvla.runtime.dry_run import plan_lines
 from jaxvla.runtime.evaluate import evaluate_checkpoint
+from jaxvla.runtime.groups import Groups
 from jaxvla.runtime.signals import stop_on_signals
+from jaxvla.telemetry.metrics import MetricRecorder
 from jaxvla.telemetry.progress import Screen
 from jaxvla.telemetry.writers import find_writers, write_json
 from jaxvla.validation import validate_devices
@@ -53,8 +56,8 @@ def run(
       The exit code of the contract.
 
     Raises:
-      UsageError: the config does not fit the env, the devices or the work directory. Nothing
-        has been written then, unless it is the work directory's checkpoint that does not fit.
+      UsageError: the config does not fit the env, the devices, the work directory or the
+        checkpoint in it. Nothing has been written then.
     """
     _check_plugins(config)
     if not is_dry_run:
@@ -71,6 +74,7 @@ def run(
         for line in plan_lines(blueprint):
             sys.stdout.write(line + "\n")
         return EXIT_FINISHED
+    _check_checkpoint(blueprint, workdir)
     _configure_jax(config)
     try:
         return _run(blueprint, job, workdir, command)
@@ -133,6 +137,39 @@ def _check_learning(blueprint: Blueprint) -> None:
             f"env {config.env.name!r} has no scripted expert to imitate",
             override("warm_start.num_steps", 0),
         )
+    if config.warm_start.num_grounding_steps:
+        _check_grounding(blueprint)
+
+
+def _check_grounding(blueprint: Blueprint) -> None:
+    """Refuses grounding steps that nothing could be learned from."""
+    has_masks = isinstance(blueprint.env, GroundedEnv)
+    if not has_masks or "grounding_head" not in blueprint.params_struct():
+        lacking = "the model has no grounding head" if has_masks else "the env gives no masks"
+        raise ConfigError(
+            "warm_start.num_grounding_steps",
+            blueprint.config.warm_start.num_grounding_steps,
+            lacking,
+            override("warm_start.num_grounding_steps", 0),
+        )
+
+
+def _check_checkpoint(blueprint: Blueprint, workdir: pathlib.Path) -> None:
+    """Refuses settings that do not fit the checkpoint to continue, before anything compiles."""
+    config = blueprint.config
+    checkpointer = Checkpointer(workdir / "checkpoints", keep=config.checkpoint.keep)
+    groups = Groups(Parts(blueprint), log_dir=workdir / "logs", recorder=MetricRecorder())
+
+    def target(record: dict[str, Any]) -> Any:
+        params = blueprint.params_struct()
+        optimizer = make_optimizer(config.optimizer, params)
+        state = jax.eval_shape(lambda p: init_state(p, optimizer), params)
+        return {"state": state, "groups": dict.fromkeys(record["segments"], groups.state_struct())}
+
+    try:
+        checkpointer.check(target)
+    finally:
+        checkpointer.close()
 
 
 def _configure_jax(config: ExperimentConfig) -> None:

@@ -30,6 +30,8 @@ class LocalRuntime:
         """Args: an event that, once set, makes `run` stop everything and return."""
         self._stop_requested = stop_requested
         self._changed = threading.Condition()
+        self._failed: ProgramThreads | None = None
+        """The program that failed first: others may then fail for want of it."""
 
     def run(
         self,
@@ -53,45 +55,37 @@ class LocalRuntime:
         main_threads = next(x for x in running if x.program is main)
         for threads in running:
             threads.start()
-        failed = self._wait(running, main_threads)
-        reason = self._reason(failed)
+        self._wait(main_threads)
+        reason = self._reason()
         for threads in reversed(running):
             threads.program.stop(reason)
         deadline_s = time.monotonic() + grace_s
         for threads in reversed(running):
             if not threads.join(max(0.0, deadline_s - time.monotonic())):
                 _LOG.error("%s did not stop within %.0f s", threads.program.role, grace_s)
-        if failed is None:
-            failed = next((x for x in running if x.state is ProgramState.FAILED), None)
+        failed = self._failed
         if failed is not None and failed.error is not None:
             raise ProgramFailedError(failed.program.role, failed.error) from failed.error
 
-    def request_stop(self) -> None:
-        """Makes `run` stop everything; may be called from a signal handler's thread."""
-        self._stop_requested.set()
-        self._notify(None)
-
-    def _notify(self, _: ProgramThreads | None) -> None:
+    def _notify(self, ended: ProgramThreads | None) -> None:
         with self._changed:
+            if self._failed is None and ended is not None and ended.error is not None:
+                self._failed = ended
             self._changed.notify_all()
 
-    def _wait(self, running: list[ProgramThreads], main: ProgramThreads) -> ProgramThreads | None:
-        """Returns the program that failed first, or None when main ended or a stop was asked."""
-
-        def failed() -> ProgramThreads | None:
-            return next((x for x in running if x.state is ProgramState.FAILED), None)
+    def _wait(self, main: ProgramThreads) -> None:
+        """Returns when main has ended, a program has failed, or a stop was asked for."""
 
         def is_over() -> bool:
-            ended = main.state in (ProgramState.STOPPED, ProgramState.FAILED)
-            return ended or failed() is not None or self._stop_requested.is_set()
+            has_ended = main.state is ProgramState.STOPPED
+            return has_ended or self._failed is not None or self._stop_requested.is_set()
 
         with self._changed:
             # The signal handler cannot take the lock, so a stop is also looked for regularly.
             while not is_over():
                 self._changed.wait(timeout=0.2)
-        return failed()
 
-    def _reason(self, failed: ProgramThreads | None) -> str:
-        if failed is not None:
+    def _reason(self) -> str:
+        if self._failed is not None:
             return "failure"
         return "shutdown" if self._stop_requested.is_set() else "finished"

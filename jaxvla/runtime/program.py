@@ -7,6 +7,7 @@ PENDING -> RUNNING -> STOPPED
 import enum
 import logging
 import threading
+import time
 from collections.abc import Callable
 from typing import Protocol
 
@@ -76,8 +77,9 @@ class ProgramThreads:
 
     def join(self, timeout_s: float) -> bool:
         """Waits for all threads; False when one is still running after the time-out."""
+        deadline_s = time.monotonic() + timeout_s
         for thread in self._threads:
-            thread.join(timeout_s)
+            thread.join(max(0.0, deadline_s - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
 
     def _run(self, name: str, function: Callable[[], None]) -> None:

@@ -16,9 +16,12 @@ def stop_on_signals(stop_requested: threading.Event) -> Iterator[None]:
 
     Only callable from the main thread.
     """
+    # The event does not tell: a second signal may arrive while it is being set.
+    received: list[int] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if stop_requested.is_set():
+        received.append(number)
+        if len(received) > 1:
             os._exit(EXIT_STOPPED)
         stop_requested.set()
 

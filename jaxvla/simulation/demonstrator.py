@@ -1,4 +1,6 @@
-"""Scripted demonstrations from a device env's own expert."""
+"""What a device env can teach by itself: demonstrations of its expert, and labelled scenes."""
+
+from collections.abc import Iterator
 
 import flax.struct
 import jax
@@ -7,21 +9,31 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxvla import rng, sharding
-from jaxvla.data.demonstrations import Demonstrations
-from jaxvla.envs.base import DeviceEnv, EnvState
+from jaxvla.data.demonstrations import concatenate
+from jaxvla.envs.base import DeviceEnv, EnvState, GroundedEnv
 from jaxvla.simulation.unroll import TokenTable
+from jaxvla.types import SupervisedBatch
 
 
 @flax.struct.dataclass(kw_only=True)
 class _Path:
-    """A batch of episodes, step by step: leading axes [steps, E]."""
+    """H control steps of E episodes, step by step: leading axes [E, H]."""
 
     state: EnvState
     """Before the step."""
     action: jax.Array
-    """float32 [steps, E, A], what the expert would do there."""
+    """float32 [E, H, A], what the expert would do there."""
     ended: jax.Array
-    """bool [steps, E], the task had been solved before the step."""
+    """bool [E, H], the task had been solved, or the time was up, before the step."""
+
+
+@flax.struct.dataclass(kw_only=True)
+class _Episodes:
+    """E running episodes, leading axis [E]."""
+
+    state: EnvState
+    ended: jax.Array
+    """bool [E]."""
 
 
 class Demonstrator:
@@ -52,33 +64,57 @@ class Demonstrator:
         self._env = env
         self._num_envs = num_envs
         self._horizon = action_horizon
-        self._noise_std = noise_std
-        num_steps = max(env.spec.max_episode_steps) + action_horizon
+        self._scale = np.asarray([noise_std] * (env.spec.action_dim - 1) + [0.0], np.float32)
         table = table.on_device()
+        placed = sharding.batch_sharding(mesh)
         rows = PartitionSpec("data")
-        columns = PartitionSpec(None, "data")
 
-        def record(keys: jax.Array, tasks: jax.Array) -> _Path:
-            return jax.vmap(self._episode, in_axes=(0, 0, None), out_axes=1)(keys, tasks, num_steps)
+        def label(states: EnvState) -> SupervisedBatch:
+            has_mask = isinstance(env, GroundedEnv)
+            return SupervisedBatch(
+                observation=table.complete(env.observe(states)),
+                actions=None,
+                target_mask=env.target_mask(states) if has_mask else None,
+            )
 
+        self._label = jax.jit(label, in_shardings=placed, out_shardings=placed)
+        self._reset = jax.jit(jax.vmap(env.reset), out_shardings=placed)
+        self._scene = jax.jit(jax.vmap(getattr(env, "scene", env.reset)), out_shardings=placed)
         self._record = jax.jit(
             # MJX's loops start from constants, which the varying-axes check rejects.
             jax.shard_map(
-                record, mesh=mesh, in_specs=(rows, rows), out_specs=columns, check_vma=False
+                jax.vmap(self._advance),
+                mesh=mesh,
+                in_specs=(rows, rows),
+                out_specs=(rows, rows),
+                check_vma=False,
             )
-        )
-        self._observe = jax.jit(
-            lambda states: table.complete(env.observe(states)),
-            in_shardings=sharding.batch_sharding(mesh),
-            out_shardings=sharding.batch_sharding(mesh),
         )
 
     def compile(self) -> None:
-        """Compiles the episode function, which takes as long as that of a simulator."""
+        """Compiles the physics, which takes as long as that of a simulator."""
         keys = jax.random.split(jax.random.key(0), self._num_envs)
-        self._record.lower(keys, jnp.zeros(self._num_envs, jnp.int32)).compile()
+        tasks = jnp.zeros(self._num_envs, jnp.int32)
+        states = jax.eval_shape(self._reset, keys, tasks)
+        ended = jax.ShapeDtypeStruct((self._num_envs,), bool)
+        self._record.lower(_Episodes(state=states, ended=ended), keys).compile()
 
-    def collect(self, num_episodes: int, key: jax.Array) -> Demonstrations:
+    def scenes(
+        self, *, batch_size: int, num_batches: int, key: jax.Array
+    ) -> Iterator[SupervisedBatch]:
+        """Batches of random scenes with the mask of what the instruction names, no actions.
+
+        Args:
+          batch_size: rows per batch; a multiple of the simulation mesh's data axis.
+          num_batches: batches to yield.
+          key: typed key.
+        """
+        tasks = (np.arange(batch_size) % len(self._env.spec.tasks)).astype(np.int32)
+        for batch in range(num_batches):
+            keys = jax.random.split(rng.stream(key, "scene", batch), batch_size)
+            yield self._label(self._scene(keys, tasks))
+
+    def collect(self, num_episodes: int, key: jax.Array) -> SupervisedBatch:
         """Runs at least `num_episodes` episodes, evenly over the tasks.
 
         Args:
@@ -86,49 +122,56 @@ class Demonstrator:
           key: typed key.
 
         Returns:
-          One sample per control step until the task is solved.
+          One sample per control step until the task is solved: numpy arrays [N, ...].
         """
         num_tasks = len(self._env.spec.tasks)
         parts = []
         for batch in range(-(-num_episodes // self._num_envs)):
             first = batch * self._num_envs
             tasks = np.arange(first, first + self._num_envs) % num_tasks
-            keys = jax.random.split(rng.stream(key, "demonstration", batch), self._num_envs)
-            parts += self._samples(self._record(keys, tasks.astype(np.int32)))
-        return Demonstrations.concatenate(parts)
+            parts += self._run(rng.stream(key, "demonstration", batch), tasks.astype(np.int32))
+        return concatenate(parts)
 
-    def _episode(self, key: jax.Array, task: jax.Array, num_steps: int) -> _Path:
-        reset_key, noise_key = jax.random.split(key)
-        scale = jnp.ones(self._env.spec.action_dim).at[-1].set(0.0) * self._noise_std
+    def _run(self, key: jax.Array, tasks: np.ndarray) -> list[SupervisedBatch]:
+        """Samples of one batch of episodes."""
 
-        def advance(
-            carry: tuple[EnvState, jax.Array], key: jax.Array
-        ) -> tuple[tuple[EnvState, jax.Array], _Path]:
-            state, ended = carry
+        def keys(block: int) -> jax.Array:
+            return jax.random.split(jax.random.fold_in(key, block), self._num_envs)
+
+        episodes = _Episodes(
+            state=self._reset(keys(0), tasks), ended=np.zeros(self._num_envs, bool)
+        )
+        blocks: list[_Path] = []
+        # One block more than the longest episode has: the last chunks reach beyond its end.
+        while not (blocks and np.asarray(blocks[-1].ended).all()):
+            episodes, path = self._record(episodes, keys(len(blocks) + 1))
+            blocks.append(path)
+        return self._samples(jax.tree.map(lambda *x: np.concatenate(x, axis=1), *blocks))
+
+    def _advance(self, episode: _Episodes, key: jax.Array) -> tuple[_Episodes, _Path]:
+        """H control steps of one world."""
+
+        def advance(episode: _Episodes, key: jax.Array) -> tuple[_Episodes, _Path]:
+            state, ended = episode.state, episode.ended
             action = self._env.expert_action(state)
-            noise = scale * jax.random.normal(key, action.shape)
+            noise = self._scale * jax.random.normal(key, action.shape)
             # The expert goes on after success, so that the last chunks have real labels.
             stepped = self._env.step(state, action + noise)
             seen = _Path(state=state, action=action, ended=ended)
-            return (stepped, ended | stepped.terminated), seen
+            ended = ended | stepped.terminated | stepped.truncated
+            return _Episodes(state=stepped, ended=ended), seen
 
-        start = (self._env.reset(reset_key, task), jnp.zeros((), bool))
-        return jax.lax.scan(advance, start, jax.random.split(noise_key, num_steps))[1]
+        return jax.lax.scan(advance, episode, jax.random.split(key, self._horizon))
 
-    def _samples(self, path: _Path) -> list[Demonstrations]:
-        """Renders a batch of episodes step by step, dropping what follows the solution."""
-        actions, ended = np.asarray(path.action), np.asarray(path.ended)
+    def _samples(self, path: _Path) -> list[SupervisedBatch]:
+        """Renders a batch of episodes step by step, dropping what follows their ends."""
         parts = []
-        for t in range(len(actions) - self._horizon):
-            alive = ~ended[t]
+        for t in range(path.action.shape[1] - self._horizon):
+            alive = ~path.ended[:, t]
             if not alive.any():
                 break
-            observation = self._observe(jax.tree.map(lambda x, t=t: x[t], path.state))
-            chunk = np.moveaxis(actions[t : t + self._horizon], 0, 1)
-            parts.append(
-                Demonstrations(
-                    observation=jax.tree.map(lambda x, a=alive: np.asarray(x)[a], observation),
-                    actions=np.clip(chunk[alive], -1.0, 1.0),
-                )
-            )
+            seen = self._label(jax.tree.map(lambda x, t=t: x[:, t], path.state))
+            chunk = np.clip(path.action[:, t : t + self._horizon], -1.0, 1.0)
+            batch = seen.replace(actions=chunk)
+            parts.append(jax.tree.map(lambda x, a=alive: np.asarray(x)[a], batch))
         return parts

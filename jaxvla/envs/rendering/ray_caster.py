@@ -82,7 +82,7 @@ class _Geom:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Light:
-    """A light of the scene; the headlight shines along every ray."""
+    """A directional light; the headlight shines along the camera's axis."""
 
     is_headlight: bool
     direction: np.ndarray
@@ -183,7 +183,7 @@ class RayCaster:
             depth = jnp.where(closer, t, depth)
             segmentation = jnp.where(closer, geom.id, segmentation)
             for k, light in enumerate(self._lights):
-                to_light = _against(d) if light.is_headlight else tuple(towards[geom.id, k])
+                to_light = rotation[:, 2] if light.is_headlight else towards[geom.id, k]
                 cosine = n[0] * to_light[0] + n[1] * to_light[1] + n[2] * to_light[2]
                 cosines[k] = jnp.where(closer, jnp.maximum(cosine, 0.0), cosines[k])
         square = (self.size, self.size)
@@ -207,12 +207,6 @@ class RayCaster:
             value = jnp.where(surfaces.segmentation >= 0, color * light, self._background[c])
             channels.append(jnp.round(255.0 * jnp.clip(value, 0.0, 1.0)).astype(jnp.uint8))
         return jnp.stack(channels, -1)
-
-
-def _against(d: intersections.Vec) -> intersections.Vec:
-    """Unit vectors from the surface back to the camera."""
-    inverse = -jax.lax.rsqrt(d[0] * d[0] + d[1] * d[1] + d[2] * d[2])
-    return d[0] * inverse, d[1] * inverse, d[2] * inverse
 
 
 def _pixel_grid(size: int, fovy_rad: float) -> tuple[np.ndarray, np.ndarray]:

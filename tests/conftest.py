@@ -1,0 +1,33 @@
+"""Settings of the test process, made before JAX starts a backend.
+
+A setting that is already in the environment is left alone, so any test can be run
+otherwise, e.g. `JAX_PLATFORMS=cuda pytest tests/models`. Subprocesses inherit them.
+"""
+
+import os
+import pathlib
+
+_XLA_FLAGS = {
+    # MJX: a step of a MuJoCo scene takes seconds with the fusion emitters (jaxlib 0.10.2).
+    "--xla_cpu_use_fusion_emitters": "false",
+    "--xla_force_host_platform_device_count": "8",
+}
+_SETTINGS = {
+    "JAX_PLATFORMS": "cpu",
+    # Batched MuJoCo steps can deadlock in a thread pool of two.
+    "PJRT_NPROC": "8",
+    "JAX_COMPILATION_CACHE_DIR": str(pathlib.Path("~/.cache/jaxvla/xla").expanduser()),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+}
+
+
+def _complete_environment() -> None:
+    """Adds what is missing. JAX reads most of it when it is imported, hence at import time."""
+    given = os.environ.get("XLA_FLAGS", "")
+    missing = [f"{flag}={value}" for flag, value in _XLA_FLAGS.items() if flag not in given]
+    os.environ["XLA_FLAGS"] = " ".join([given, *missing]).strip()
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+
+
+_complete_environment()

@@ -1,0 +1,129 @@
+"""What every registered algorithm promises to the learner."""
+
+import typing
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxvla.algorithms import ALGORITHMS
+from jaxvla.config import AlgorithmConfig
+from jaxvla.types import Observation, Params, TrainingBatch, Trajectory
+
+T, B, A = 4, 3, 2
+
+
+class GaussianPolicy:
+    """log_prob = -|x - w s|^2 / 2 and a value that no parameter moves."""
+
+    def evaluate(
+        self, params: Params, observation: Observation, trace: Any
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        mean = observation.state @ params["w"]
+        log_prob = -0.5 * jnp.square(trace - mean).sum(-1)
+        return log_prob, jnp.zeros_like(log_prob), observation.state[..., 0]
+
+
+@pytest.fixture(params=list(ALGORITHMS))
+def algorithm(request: pytest.FixtureRequest) -> Any:
+    """Every registered algorithm with its default settings."""
+    algorithm_class = ALGORITHMS.get(request.param)
+    config_class = typing.get_type_hints(algorithm_class.__init__)["config"]
+    assert issubclass(config_class, AlgorithmConfig)
+    config = config_class()
+    assert config.name == request.param
+    config.validate()
+    return algorithm_class(config)
+
+
+def make_trajectory(params: Params, *, num_invalid: int = 0) -> Trajectory:
+    """A trajectory of `params` themselves; its invalid samples are NaN wherever they may be."""
+    rng = np.random.default_rng(0)
+    valid = np.arange(T * B).reshape(T, B) >= num_invalid
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.normal(size=(T, B, *shape)).astype(np.float32)
+
+    observation = Observation(
+        images=np.zeros((T, B, 1, 2, 2, 3), np.uint8),
+        image_mask=np.ones((T, B, 1), bool),
+        state=normal(A),
+        tokens=np.zeros((T, B, 2), np.int32),
+        token_mask=np.ones((T, B, 2), bool),
+    )
+    trace = normal(A)
+    log_prob, _, value = GaussianPolicy().evaluate(params, observation, trace)
+    return Trajectory(
+        observation=observation,
+        trace=np.where(valid[..., None], trace, np.nan),
+        behavior_log_prob=np.where(valid, log_prob, np.nan),
+        value=np.asarray(value),
+        reward=np.where(valid, normal(), np.nan),
+        terminated=np.eye(T, B, dtype=bool),
+        truncated=np.eye(T, B, k=1, dtype=bool),
+        bootstrap_value=normal(),
+        valid=valid,
+        policy_version=np.zeros((T, B), np.int32),
+    )
+
+
+def flat(batch: TrainingBatch) -> TrainingBatch:
+    """[T, B, ...] -> [T * B, ...]."""
+    return jax.tree.map(lambda x: jnp.asarray(x).reshape(T * B, *x.shape[2:]), batch)
+
+
+def gradient(algorithm: Any, params: Params, batch: TrainingBatch) -> np.ndarray:
+    def loss(params: Params) -> jax.Array:
+        return algorithm.loss(GaussianPolicy(), params, batch)[0]
+
+    return np.asarray(jax.grad(loss)(params)["w"])
+
+
+@pytest.fixture
+def params() -> Params:
+    return {"w": jnp.asarray([[0.5, -0.2], [0.1, 0.3]])}
+
+
+def test_targets_are_finite_and_weigh_the_valid_samples(algorithm: Any, params: Params) -> None:
+    trajectory = make_trajectory(params, num_invalid=3)
+    batch = algorithm.prepare(trajectory)
+    for name in ("advantage", "return_", "weight"):
+        leaf = getattr(batch, name)
+        assert leaf.shape == (T, B) and leaf.dtype == jnp.float32, name
+    np.testing.assert_array_equal(batch.weight, trajectory.valid.astype(np.float32))
+    assert np.isfinite(np.asarray(batch.advantage)[trajectory.valid]).all()
+    assert np.isfinite(np.asarray(batch.return_)[trajectory.valid]).all()
+
+
+def test_loss_and_metrics_are_finite_scalars(algorithm: Any, params: Params) -> None:
+    batch = flat(algorithm.prepare(make_trajectory(params, num_invalid=3)))
+    loss, metrics = algorithm.loss(GaussianPolicy(), params, batch)
+    assert loss.shape == () and np.isfinite(loss)
+    for name, value in metrics.items():
+        assert jnp.shape(value) == () and jnp.asarray(value).dtype == jnp.float32, name
+        assert np.isfinite(value), name
+        assert not name.startswith("learner/")
+
+
+def test_without_lag_the_gradient_is_the_policy_gradient(algorithm: Any, params: Params) -> None:
+    batch = flat(algorithm.prepare(make_trajectory(params, num_invalid=2)))
+    used = np.asarray(batch.weight) > 0
+    state, trace, advantage = (
+        np.asarray(x, np.float64)[used]
+        for x in (batch.observation.state, batch.trace, batch.advantage)
+    )
+    residual = trace - state @ np.asarray(params["w"], np.float64)
+    # d log_prob / d w = s (x - w s)^T; the loss descends along the mean of A d log_prob.
+    expected = -np.einsum("n,ni,nj->ij", advantage, state, residual) / used.sum()
+    np.testing.assert_allclose(gradient(algorithm, params, batch), expected, atol=1e-5)
+
+
+def test_unused_samples_do_not_matter(algorithm: Any, params: Params) -> None:
+    batch = flat(algorithm.prepare(make_trajectory(params, num_invalid=3)))
+    used = np.asarray(batch.weight) > 0
+    moved = {"w": params["w"] + 0.1}
+    expected = gradient(algorithm, moved, jax.tree.map(lambda x: x[used], batch))
+    np.testing.assert_allclose(gradient(algorithm, moved, batch), expected, atol=1e-6)
+    assert np.abs(expected).max() > 1e-3

@@ -1,0 +1,49 @@
+"""Process settings of the entry point."""
+
+import os
+
+import pytest
+
+from jaxvla.runtime import cpu_settings
+
+
+@pytest.fixture(autouse=True)
+def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing set, and this process's allocator left alone."""
+    for name in ("XLA_FLAGS", "PJRT_NPROC", "GLIBC_TUNABLES"):
+        monkeypatch.setenv(name, "")  # so that the end of the test puts it back
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "0")
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+
+
+def test_makes_and_reports_the_settings():
+    lines = cpu_settings.apply()
+    assert os.environ["XLA_FLAGS"] == "--xla_cpu_use_fusion_emitters=false"
+    assert os.environ["PJRT_NPROC"] == "8"
+    assert lines == [
+        "set XLA_FLAGS=--xla_cpu_use_fusion_emitters=false",
+        "set PJRT_NPROC=8",
+    ]
+    assert cpu_settings.apply() == []
+
+
+def test_keeps_the_users_flags_beside_its_own(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+    cpu_settings.apply()
+    flags = "--xla_force_host_platform_device_count=4 --xla_cpu_use_fusion_emitters=false"
+    assert os.environ["XLA_FLAGS"] == flags
+
+
+def test_leaves_what_the_user_has_set_alone(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=true")
+    monkeypatch.setenv("PJRT_NPROC", "3")
+    assert cpu_settings.apply() == []
+    assert os.environ["XLA_FLAGS"] == "--xla_cpu_use_fusion_emitters=true"
+    assert os.environ["PJRT_NPROC"] == "3"
+
+
+def test_a_large_machine_needs_no_larger_pool(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    cpu_settings.apply()
+    assert "PJRT_NPROC" not in os.environ

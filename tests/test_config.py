@@ -1,0 +1,80 @@
+"""The configs that ship, and the helpers of the config module."""
+
+import dataclasses
+import json
+import pathlib
+import shlex
+from typing import Any
+
+import pytest
+
+from jaxvla import main
+from jaxvla.config import (
+    ConfigError,
+    ExperimentConfig,
+    ScheduleConfig,
+    UsageError,
+    field_names,
+    override,
+    to_dict,
+)
+from jaxvla.runtime.build import draw_blueprint
+from jaxvla.validation import validate
+
+_CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
+
+
+def _load(path: pathlib.Path) -> ExperimentConfig:
+    return main.load_config(str(path))
+
+
+def _get(config: Any, name: str) -> Any:
+    for part in name.split("."):
+        config = getattr(config, part)
+    return config
+
+
+@pytest.mark.parametrize("path", _CONFIGS, ids=lambda path: path.stem)
+def test_a_shipped_config_loads_validates_overrides_and_resolves(path: pathlib.Path):
+    config = _load(path)
+    validate(config)
+    _, changed = main.parse(["jaxvla", f"--config={path}", "--config.seed=11"])
+    assert changed is not None and changed.seed == 11
+    validate(changed)
+    assert to_dict(dataclasses.replace(changed, seed=config.seed)) == to_dict(config)
+    blueprint = draw_blueprint(config)
+    resolved = to_dict(blueprint.config)
+    assert json.loads(json.dumps(resolved, allow_nan=False)) == resolved
+    for name in field_names(blueprint.config):
+        assert _get(blueprint.config, name) != -1, name
+    # What is resolved is valid, and resolves to itself.
+    validate(blueprint.config)
+    assert to_dict(draw_blueprint(blueprint.config).config) == resolved
+
+
+def test_there_are_configs():
+    assert {"debug", "quickstart"} <= {path.stem for path in _CONFIGS}
+
+
+def test_field_names_reach_every_setting():
+    names = list(field_names(_load(_CONFIGS[0])))
+    assert len(names) == len(set(names))
+    assert {"seed", "env.tasks", "warm_start.optimizer.eps", "schedule.max_staleness"} <= set(names)
+    assert "optimizer" not in names
+
+
+def test_an_override_survives_a_shell():
+    for value in ("a b", "x'y", "(8,)", "$HOME", ""):
+        [argument] = shlex.split(override("name", value))
+        assert argument == f"--config.name={value}"
+
+
+def test_a_config_error_names_value_rule_and_fix():
+    error = ConfigError("seed", -1, "must be >= 0", override("seed", 0))
+    assert str(error) == "config.seed = -1: must be >= 0. Fix: --config.seed=0"
+    assert error.name == "seed" and isinstance(error, UsageError)
+
+
+def test_the_bound_is_zero_without_overlap():
+    assert ScheduleConfig(max_staleness=3).staleness_bound == 3
+    assert ScheduleConfig(max_staleness=3, overlap_training=False).staleness_bound == 0
