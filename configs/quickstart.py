@@ -20,11 +20,13 @@ def get_config() -> c.ExperimentConfig:
         # After the warm start RL trains the action expert and the critic alone: vision and
         # language have been grounded, and an update costs less than half.
         model=dataclasses.replace(tiny_config(), detach_value=True),
-        algorithm=PPOConfig(num_epochs=2, num_minibatches=4, bootstrap_truncated=False),
+        algorithm=PPOConfig(num_epochs=2, num_minibatches=2, bootstrap_truncated=False),
         optimizer=c.OptimizerConfig(
             learning_rate=1.5e-4,
             value_learning_rate=2e-3,
-            warmup_steps=20,
+            warmup_steps=12,
+            decay_steps=308,
+            final_fraction=0.3,
             trainable=EXPERT_AND_CRITIC,
         ),
         warm_start=c.WarmStartConfig(

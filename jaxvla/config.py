@@ -55,6 +55,21 @@ class ModelConfig:
     """Entry of the model registry."""
     action_horizon: int = 8
     """Control steps H predicted per chunk query."""
+    max_tokens: int = -1
+    """Length N of the padded prompt; -1: the env's longest, rounded up to a multiple of 8."""
+
+    def resolve(self, spec: Any, *, num_executed: int, tokenizer: Any) -> "ModelConfig":
+        """A copy with every -1 filled in from the env, validated. Every model has its own.
+
+        Args:
+          spec: `EnvSpec` of the env that the policy acts in.
+          num_executed: control steps run of each chunk.
+          tokenizer: `Tokenizer` of the instructions.
+
+        Raises:
+          ConfigError: the sizes do not fit each other or the env.
+        """
+        raise NotImplementedError
 
 
 @dataclass(kw_only=True, slots=True)
@@ -112,8 +127,8 @@ class WarmStartConfig:
     """Optimizer steps on demonstrations; 0 skips the warm start."""
     num_grounding_steps: int = 0
     """Optimizer steps before those, on random scenes: the vision-language half of the policy
-    learns where the named object is. For device envs that can tell, and policies with a
-    grounding head."""
+    learns where the named object is. For envs that can tell, and policies with a grounding
+    head."""
     num_episodes: int = 128
     """Scripted demonstration episodes, split evenly over the tasks."""
     noise_std: float = 0.5
@@ -134,6 +149,9 @@ class SimulationConfig:
     """Envs E in a group."""
     segment_length: int = 8
     """Chunk queries T in a trajectory."""
+    lease_s: float = 900.0
+    """A trajectory that is not delivered this long after its admission is given up, and its
+    credit returns; far above the slowest healthy one."""
 
 
 @dataclass(kw_only=True, slots=True)

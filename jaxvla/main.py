@@ -56,11 +56,11 @@ def main(argv: Sequence[str]) -> int:
         for line in settings:
             _say(line)
         return jobs.run(
-            job=options["job"].value,
+            job=str(options["job"].value),
             config=config,
             workdir=pathlib.Path(options["workdir"].value or f"runs/{config.name}"),
-            is_dry_run=options["dry_run"].value,
-            may_resume=options["resume"].value,
+            is_dry_run=bool(options["dry_run"].value),
+            may_resume=bool(options["resume"].value),
             command=shlex.join(["python", "-m", "jaxvla.main", *argv[1:]]),
         )
     except UsageError as error:

@@ -29,12 +29,12 @@ MESH_AXES: Mapping[str, Mapping[str, str]] = {
 single key/value head of multi-query attention, layers, patches."""
 
 
-def make_mesh(layout: RoleLayout, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(layout: RoleLayout, devices: Sequence[Any] | None = None) -> Mesh:
     """Mesh of one role.
 
     Args:
       layout: which devices, and the axis sizes.
-      devices: all devices of the run; default `jax.devices()`.
+      devices: all devices (`jax.Device`) of the run; default `jax.devices()`.
 
     Raises:
       ValueError: the layout needs more devices than there are.

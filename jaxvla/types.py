@@ -6,13 +6,25 @@ Device values are flax.struct dataclasses; host values are plain dataclasses.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import flax.struct
 import jax
+import numpy as np
 
 Params = dict[str, Any]
 """Nested dict of arrays."""
+
+AnyArray = jax.Array | np.ndarray
+"""What env groups on devices and env groups of host processes both make."""
+
+
+def stand_in(x: np.ndarray | jax.ShapeDtypeStruct) -> jax.Array:
+    """`x` itself, typed as the device array in whose place it stands.
+
+    Records below hold numpy arrays on the host and ShapeDtypeStructs where only shapes count.
+    """
+    return cast(jax.Array, x)
 
 
 @flax.struct.dataclass(kw_only=True)
@@ -76,23 +88,23 @@ class ChunkResult:
     """[E], after the auto-reset of finished episodes: what the policy reads next."""
     final_observation: Observation
     """[E], before the reset; valid only where `truncated`."""
-    reward: jax.Array
+    reward: AnyArray
     """float32 [E], summed over the executed steps of the chunk."""
-    terminated: jax.Array
+    terminated: AnyArray
     """bool [E], the episode ended by success or failure inside the chunk."""
-    truncated: jax.Array
+    truncated: AnyArray
     """bool [E], the episode ended by its time limit (never together with terminated)."""
-    success: jax.Array
+    success: AnyArray
     """bool [E], the episode that ended was a success."""
-    num_steps: jax.Array
+    num_steps: AnyArray
     """int32 [E], control steps executed in this chunk."""
-    episode_return: jax.Array
+    episode_return: AnyArray
     """float32 [E], undiscounted return so far, of the episode this chunk belongs to."""
-    episode_steps: jax.Array
+    episode_steps: AnyArray
     """int32 [E], control steps so far, of the episode this chunk belongs to."""
-    task: jax.Array
+    task: AnyArray
     """int32 [E], task id of the episode this chunk belongs to."""
-    invalid: jax.Array
+    invalid: AnyArray
     """bool [E], the world went non-finite or its process died: not to be trained on."""
 
 
@@ -148,7 +160,7 @@ class Trajectory:
     at the last step T-1."""
     valid: jax.Array
     """bool [T, B], False where the sample must not be trained on."""
-    policy_version: jax.Array
+    policy_version: AnyArray
     """int32 [T, B], weights that made the sample."""
 
 

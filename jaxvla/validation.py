@@ -30,6 +30,7 @@ def validate(config: ExperimentConfig) -> None:
     _validate_schedule(config)
     _validate_batches(config, layout)
     _validate_serving(config, layout)
+    _validate_warm_start(config)
 
 
 def validate_devices(config: ExperimentConfig, num_devices: int) -> None:
@@ -87,6 +88,7 @@ _RANGES = (
             "simulation.num_groups",
             "simulation.envs_per_group",
             "simulation.segment_length",
+            "simulation.lease_s",
             "schedule.publish_interval",
             "learning.num_updates",
             "learning.trajectories_per_update",
@@ -274,6 +276,17 @@ def _validate_ranges(config: ExperimentConfig) -> None:
         config.env.num_executed <= horizon,
         f"must be <= model.action_horizon = {horizon}",
         horizon,
+    )
+
+
+def _validate_warm_start(config: ExperimentConfig) -> None:
+    warm_start = config.warm_start
+    _require(
+        config,
+        "warm_start.num_grounding_steps",
+        warm_start.num_steps > 0 or not warm_start.num_grounding_steps,
+        "must be 0 when warm_start.num_steps is 0",
+        0,
     )
 
 

@@ -69,6 +69,6 @@ class GroundedEnv(DeviceEnv, Protocol):
         """A random world to look at, not to step: no physics has settled it."""
         ...
 
-    def target_mask(self, states: EnvState) -> jax.Array:
-        """bool [E, C, h, w], visible pixels of the object that each instruction names."""
+    def observe_target(self, states: EnvState) -> tuple[EnvObservation, jax.Array]:
+        """`observe`, and bool [E, C, h, w]: visible pixels of what each instruction names."""
         ...

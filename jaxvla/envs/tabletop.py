@@ -11,6 +11,7 @@ Actions, float32 [4] in [-1, 1]: hand motion (x, y, z) as a fraction of MAX_MOVE
 control step, and grip (-1 opens, +1 closes).
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import flax.struct
@@ -24,7 +25,7 @@ from jaxvla.config import ConfigError, EnvConfig
 from jaxvla.envs import tabletop_expert
 from jaxvla.envs import tabletop_scene as scene
 from jaxvla.envs.base import EnvState
-from jaxvla.envs.rendering.ray_caster import Frames, RayCaster, ScenePoses
+from jaxvla.envs.rendering.ray_caster import RayCaster, ScenePoses
 from jaxvla.types import EnvObservation, EnvSpec
 
 TASKS = {
@@ -160,12 +161,10 @@ class Tabletop:
         )
 
     def scene(self, key: jax.Array, task: jax.Array) -> TabletopState:
-        """Like `reset`, with the hand somewhere on its way to one of the blocks."""
-        reset_key, block_key, way_key = jax.random.split(key, 3)
+        """Like `reset`, with the hand somewhere on its way to the named block."""
+        reset_key, way_key = jax.random.split(key)
         state = self.reset(reset_key, task)
-        index = jax.random.randint(block_key, (), 0, scene.NUM_BLOCKS)
-        block = self.block(state.replace(target=index))
-        top = block + jnp.asarray([0.0, 0.0, scene.BLOCK_HALF_M])
+        top = self.block(state) + jnp.asarray([0.0, 0.0, scene.BLOCK_HALF_M])
         tip = state.set_point + jax.random.uniform(way_key) * (top - state.set_point)
         hand = tip - jnp.asarray([0.0, 0.0, _TIP_AT_ZERO_M])
         return state.replace(qpos=state.qpos.at[:3].set(hand), set_point=tip)
@@ -192,7 +191,8 @@ class Tabletop:
             ctrl=jnp.concatenate([hand, opening[None], opening[None]]),
         )
         data = jax.lax.fori_loop(0, scene.SUBSTEPS, lambda _, d: mjx.step(self._mjx_model, d), data)
-        state = state.replace(
+        state = dataclasses.replace(
+            state,
             qpos=data.qpos,
             qvel=data.qvel,
             qacc_warmstart=data.qacc_warmstart,
@@ -201,7 +201,8 @@ class Tabletop:
         )
         success = self._success(state)
         limit = jnp.asarray(self.spec.max_episode_steps)[state.task]
-        return state.replace(
+        return dataclasses.replace(
+            state,
             reward=success.astype(jnp.float32),
             terminated=success,
             truncated=~success & (state.num_steps >= limit),
@@ -233,23 +234,21 @@ class Tabletop:
 
     def observe(self, states: TabletopState) -> EnvObservation:
         """Renders both cameras of every world; leading axis [E]."""
-        images = self._render(states).rgb
+        return self.observe_target(states)[0]
+
+    def observe_target(self, states: TabletopState) -> tuple[EnvObservation, jax.Array]:
+        """Also the pixels of the named block, see GroundedEnv."""
+        frames = self._renderer.render_batch(
+            jax.vmap(self._poses)(states), jax.vmap(self._colors)(states)
+        )
         opening = states.qpos[:, 3:5].mean(-1, keepdims=True)
-        return EnvObservation(
-            images=images,
+        seen = EnvObservation(
+            images=frames.rgb,
             state=jnp.concatenate([jax.vmap(self.tip)(states), opening], -1),
             instruction=self.instruction_ids(states),
         )
-
-    def target_mask(self, states: TabletopState) -> jax.Array:
-        """Pixels of the named block, see GroundedEnv."""
         target = jnp.asarray(self._block_geoms)[states.target]
-        return self._render(states).segmentation == target[:, None, None, None]
-
-    def _render(self, states: TabletopState) -> Frames:
-        return self._renderer.render_batch(
-            jax.vmap(self._poses)(states), jax.vmap(self._colors)(states)
-        )
+        return seen, frames.segmentation == target[:, None, None, None]
 
     def _poses(self, state: TabletopState) -> ScenePoses:
         is_shown = jnp.asarray([task == "push" for task in self.config.tasks])[state.task]

@@ -58,6 +58,12 @@ class Policy(Protocol):
     only, so results do not depend on how requests were batched or padded.
     """
 
+    @property
+    def log_prob_tolerance(self) -> float:
+        """Greatest difference, in nats, that rounding may make between the log-prob of a sample
+        and its evaluation at the same weights."""
+        ...
+
     def init(self, key: jax.Array) -> Params:
         """Fresh float32 parameters from a typed key of shape []."""
         ...

@@ -58,6 +58,12 @@ class PiPolicy:
         self._ode = flow.ode_transitions(config.num_denoise_steps)
         self._noisy = transitions[config.exploration](config.num_denoise_steps, config.noise_level)
 
+    @property
+    def log_prob_tolerance(self) -> float:
+        """See `Policy.log_prob_tolerance`. A chunk's log-prob is a sum over tens of squares in
+        units of the exploration noise, which amplifies the rounding of the velocity."""
+        return 1e-3 if self.config.dtype == "float32" else 0.5
+
     def leaves(self) -> dict[str, Leaf]:
         """Declaration of every parameter by '/'-joined path."""
         config = self.config

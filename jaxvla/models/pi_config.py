@@ -55,8 +55,6 @@ class PiConfig(ModelConfig):
     """Pixels of the square images; -1: the env's."""
     num_cameras: int = -1
     """Cameras C; -1: the env's."""
-    max_tokens: int = -1
-    """Length N of the padded prompt; -1: the env's longest, rounded up to a multiple of 8."""
     state_dim: int = -1
     """State dimensions the model reads, zero-padded beyond the env's; -1: the env's."""
     action_dim: int = -1

@@ -10,11 +10,12 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from jaxvla import rng, sharding
 from jaxvla.algorithms import ALGORITHMS
-from jaxvla.config import ExperimentConfig
+from jaxvla.config import ExperimentConfig, OptimizerConfig
 from jaxvla.data.normalization import NormStats
 from jaxvla.envs import ENVS
 from jaxvla.layout import Layout, parse_layout
@@ -25,7 +26,7 @@ from jaxvla.models import MODELS
 from jaxvla.models.tokenizer import ByteTokenizer, tokenize_prompt
 from jaxvla.serving.sampling import Sampler
 from jaxvla.simulation.unroll import TokenTable
-from jaxvla.types import EnvSpec, Observation, Params
+from jaxvla.types import EnvSpec, Observation, Params, stand_in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +51,8 @@ class Blueprint:
         spec, tokens = self.spec, self.table.tokens.shape[1]
         size, cameras = spec.image_size, len(spec.cameras)
 
-        def struct(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct((num_rows, *shape), dtype)
+        def struct(dtype: Any, *shape: int) -> jax.Array:
+            return stand_in(jax.ShapeDtypeStruct((num_rows, *shape), dtype))
 
         return Observation(
             images=struct(np.uint8, cameras, size, size, 3),
@@ -90,7 +91,8 @@ def draw_blueprint(config: ExperimentConfig) -> Blueprint:
         policy=MODELS.get(model.name)(model, stats),
         layout=parse_layout(config.meshes.layout),
         table=TokenTable(
-            tokens=np.stack([ids for ids, _ in prompts]), mask=np.stack([m for _, m in prompts])
+            tokens=stand_in(np.stack([ids for ids, _ in prompts])),
+            mask=stand_in(np.stack([mask for _, mask in prompts])),
         ),
     )
 
@@ -105,6 +107,31 @@ def _resolve_serving(config: ExperimentConfig) -> Any:
     return dataclasses.replace(
         serving, max_batch=max_batch, trigger_size=min(trigger, max_batch), buckets=buckets
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """One optimizer's train functions and the state they change."""
+
+    functions: TrainFunctions
+    optimizer: optax.GradientTransformation
+    struct: TrainState
+    """Shapes and dtypes."""
+    placed: TrainState
+    """Shardings."""
+
+    def init(self, params: Params) -> TrainState:
+        """A fresh state around `params`, which must lie as `placed` says."""
+        start = jax.jit(lambda p: init_state(p, self.optimizer), out_shardings=self.placed)
+        return start(params)
+
+    def target(self) -> TrainState:
+        """What a checkpoint must hold, and where its leaves go."""
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            self.struct,
+            self.placed,
+        )
 
 
 class Parts:
@@ -134,8 +161,8 @@ class Parts:
             buckets=self.config.serving.buckets,
         )
 
-    def train_functions(self, optimizer_config: Any) -> tuple[TrainFunctions, Any, TrainState]:
-        """Train functions for one optimizer, that optimizer, and the state's shardings."""
+    def training(self, optimizer_config: OptimizerConfig) -> Training:
+        """Train functions on the learning mesh; nothing is compiled yet."""
         policy, mesh = self.blueprint.policy, self.meshes["learning"]
         params = self.blueprint.params_struct()
         optimizer = make_optimizer(optimizer_config, params)
@@ -150,9 +177,9 @@ class Parts:
             shardings=placed,
             num_minibatches=self.config.algorithm.num_minibatches,
         )
-        return functions, optimizer, placed
+        return Training(functions=functions, optimizer=optimizer, struct=struct, placed=placed)
 
-    def fresh_params(self, placed: Any) -> Params:
+    def fresh_params(self, training: Training) -> Params:
         """Initial parameters, made directly where they will live."""
-        init = jax.jit(self.blueprint.policy.init, out_shardings=placed)
+        init = jax.jit(self.blueprint.policy.init, out_shardings=training.placed.params)
         return init(rng.stream(self.root, "init"))

@@ -17,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxvla import rng
 from jaxvla.checkpoint import Checkpointer, Restored
@@ -25,12 +24,12 @@ from jaxvla.config import to_dict
 from jaxvla.data.demonstrations import num_samples, shuffled_batches
 from jaxvla.evaluation.evaluator import Evaluator
 from jaxvla.learning.learner import Learner, NonFiniteError, Progress
-from jaxvla.learning.train_state import TrainState, init_state
-from jaxvla.learning.train_step import TrainFunctions
+from jaxvla.learning.train_state import TrainState
 from jaxvla.learning.warm_start import fit
-from jaxvla.runtime.build import Blueprint, Parts
+from jaxvla.runtime.build import Blueprint, Parts, Training
 from jaxvla.runtime.groups import Groups
 from jaxvla.runtime.local import LocalRuntime, ProgramFailedError
+from jaxvla.runtime.self_check import LogProbCheck, PolicyMismatchError
 from jaxvla.runtime.telemetry import Telemetry
 from jaxvla.serving.batcher import Batcher
 from jaxvla.serving.client import InferenceClient
@@ -86,11 +85,9 @@ class Controller:
         )
         self._before: dict[str, Any] | None = None
         self._after: dict[str, Any] | None = None
-        self._functions, self._optimizer, self._placed = self._parts.train_functions(
-            self.config.optimizer
-        )
+        self._training = self._parts.training(self.config.optimizer)
         self._bound = self.config.schedule.staleness_bound
-        self._queue = InProcessQueue(self._credit_rule())
+        self._queue = InProcessQueue(self._credit_rule(), lease_s=self.config.simulation.lease_s)
         self._store: WeightStore = InProcessWeightStore(on_acknowledged=self._queue.advance)
         self._evaluator = Evaluator(
             config=self.config.evaluation,
@@ -101,33 +98,38 @@ class Controller:
 
     def run(self) -> int:
         """Runs to the end; returns the exit code of the contract."""
-        steps = self._checkpointer.steps()
+        restored = self._checkpointer.restore(self._checkpoint_target)
         run = RunInfo(
             workdir=self._workdir,
             name=self.config.name,
             config=to_dict(self.config),
-            resume_update=steps[-1] if steps else None,
+            resume_update=restored.step if restored else None,
         )
         with self._telemetry.open(run, self.config.telemetry.writers):
             try:
-                return self._run()
+                return self._run(restored)
             finally:
                 self._telemetry.write_trace()
                 self._checkpointer.close()
 
-    def _run(self) -> int:
+    def _run(self, restored: Restored | None) -> int:
         outcome, detail, code = "finished", "", EXIT_FINISHED
         learner = None
         try:
-            self._compile()
-            learner = self._learner(*self._restore_or_start())
+            self._compile(is_fresh=restored is None)
+            learner = self._learner(*self._resume(restored) if restored else self._begin())
+            difference = LogProbCheck(self._parts).run(learner.state.params)
+            self._screen.message(f"sampled and evaluated log-probs agree to {difference:.1e}")
             self._train(learner)
+            if not self._stop_requested.is_set():
+                self._after = self._evaluate(learner, is_final=True)
             if self._stop_requested.is_set():
                 outcome, code = "stopped", EXIT_STOPPED
-            else:
-                self._after = self._evaluate(learner, is_final=True)
         except StoppedError:
             outcome, code = "stopped", EXIT_STOPPED
+        except PolicyMismatchError as error:
+            outcome, detail, code = "unsafe", str(error), EXIT_UNSAFE
+            self._screen.message(f"error: {detail}")
         except ProgramFailedError as error:
             outcome, detail, code = _failure(error)
             self._screen.message(f"error: {detail}")
@@ -147,13 +149,13 @@ class Controller:
 
     # ---------------------------------------------------------------- before training
 
-    def _compile(self) -> None:
+    def _compile(self, *, is_fresh: bool) -> None:
         """Compiles inference and stepping ahead of time, side by side."""
         with self._screen.phase("compile"), ThreadPoolExecutor(max_workers=2) as pool:
             jobs = []
             if self._groups.is_device_env:
                 jobs.append(pool.submit(self._groups.stepper.compile))
-                if self.config.warm_start.num_steps and not self._checkpointer.steps():
+                if self.config.warm_start.num_steps and is_fresh:
                     jobs.append(pool.submit(self._groups.demonstrator.compile))
             blueprint = self._parts.blueprint
             jobs.append(
@@ -166,12 +168,8 @@ class Controller:
             for job in jobs:
                 job.result()
 
-    def _restore_or_start(self) -> tuple[TrainState, Progress, dict[str, GroupSnapshot]]:
-        """State, counters and env groups from the newest checkpoint, or a new run's."""
-        restored = self._checkpointer.restore(self._checkpoint_target)
-        if restored is None:
-            state = self._begin()
-            return state, Progress(), {}
+    def _resume(self, restored: Restored) -> tuple[TrainState, Progress, dict[str, GroupSnapshot]]:
+        """State, counters and env groups of a checkpoint."""
         record = restored.record
         self._telemetry.restore(record["telemetry"])
         self._queue.load_state_dict(record["queue"], version=restored.step)
@@ -191,52 +189,46 @@ class Controller:
 
     def _checkpoint_target(self, record: dict[str, Any]) -> Any:
         """Structure, shapes, dtypes and placement that a checkpoint must have."""
-        params = self._parts.blueprint.params_struct()
-        struct = jax.eval_shape(lambda p: init_state(p, self._optimizer), params)
-        state = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), struct, self._placed
-        )
-        group = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self._groups.state_struct())
-        return {"state": state, "groups": dict.fromkeys(record["segments"], group)}
+        groups = self._groups.targets(record["segments"])
+        return {"state": self._training.target(), "groups": groups}
 
-    def _begin(self) -> TrainState:
-        """Fresh parameters, the warm start, and the evaluation before RL."""
-        params = self._parts.fresh_params(self._placed.params)
+    def _begin(self) -> tuple[TrainState, Progress, dict[str, GroupSnapshot]]:
+        """State, counters and env groups of a new run: fresh parameters and the warm start."""
+        params = self._parts.fresh_params(self._training)
         if self.config.warm_start.num_steps:
             params = self._warm_start(params)
-        init = jax.jit(lambda p: init_state(p, self._optimizer), out_shardings=self._placed)
-        return init(params)
+        return self._training.init(params), Progress(), {}
 
     def _warm_start(self, params: Params) -> Params:
         """Grounding on random scenes, then imitation of scripted demonstrations."""
-        config, root = self.config.warm_start, rng.stream(self._parts.root, "warm_start")
+        config, root = self.config.warm_start, self._parts.root
         demonstrator, size = self._groups.demonstrator, config.batch_size
         if config.num_grounding_steps:
-            with self._screen.phase(f"grounding ({config.num_grounding_steps} steps of {size})"):
-                scenes = demonstrator.scenes(
-                    batch_size=size, num_batches=config.num_grounding_steps, key=root
-                )
-                params = self._fit(params, scenes)
+            steps = config.num_grounding_steps
+            scenes = demonstrator.scenes(batch_size=size, num_batches=steps, key=root)
+            params = self._fit(f"grounding ({steps} steps of {size} scenes)", params, scenes)
         with self._screen.phase(f"demonstrations ({config.num_episodes} scripted episodes)"):
             samples = demonstrator.collect(config.num_episodes, root)
-        with self._screen.phase(
-            f"imitation ({config.num_steps} steps of {size}, {num_samples(samples)} samples)"
-        ):
-            batches = shuffled_batches(
-                samples, batch_size=size, num_batches=config.num_steps, seed=self.config.seed
-            )
-            return self._fit(params, batches)
+        steps, seed = config.num_steps, self.config.seed
+        batches = shuffled_batches(samples, batch_size=size, num_batches=steps, seed=seed)
+        title = f"imitation ({steps} steps of {size}, {num_samples(samples)} samples)"
+        return self._fit(title, params, batches)
 
     @functools.cached_property
-    def _warm_start_functions(self) -> tuple[TrainFunctions, Any, TrainState]:
-        return self._parts.train_functions(self.config.warm_start.optimizer)
+    def _supervised_training(self) -> Training:
+        return self._parts.training(self.config.warm_start.optimizer)
 
-    def _fit(self, params: Params, batches: Iterable[SupervisedBatch]) -> Params:
+    def _fit(self, title: str, params: Params, batches: Iterable[SupervisedBatch]) -> Params:
         """One stage of the warm start, with a fresh optimizer; `params` are donated."""
-        functions, optimizer, placed = self._warm_start_functions
-        state = jax.jit(lambda p: init_state(p, optimizer), out_shardings=placed)(params)
-        key = rng.stream(self._parts.root, "warm_start")
-        trained = fit(functions, state, batches, key=key, should_stop=self._stop_requested.is_set)
+        training = self._supervised_training
+        with self._screen.phase(title):
+            trained = fit(
+                training.functions,
+                training.init(params),
+                batches,
+                key=rng.stream(self._parts.root, "warm_start"),
+                should_stop=self._stop_requested.is_set,
+            )
         if trained is None:
             raise StoppedError
         state, metrics = trained
@@ -251,7 +243,7 @@ class Controller:
     ) -> Learner:
         self._snapshots = snapshots
         return Learner(
-            functions=self._functions,
+            functions=self._training.functions,
             state=state,
             progress=progress,
             queue=self._queue,
@@ -280,6 +272,8 @@ class Controller:
         learner.publish_current()
         if learner.progress.version == 0:
             self._before = self._evaluate(learner, is_final=False)
+            if self._stop_requested.is_set():
+                raise StoppedError
             self._save(learner)
         if learner.progress.version >= self.config.learning.num_updates:
             return
@@ -340,7 +334,10 @@ class Controller:
             self._save(learner)
 
     def _evaluate(self, learner: Learner, *, is_final: bool) -> dict[str, Any] | None:
-        """The deterministic policy on the fixed episodes; videos of the final one."""
+        """The deterministic policy on the fixed episodes; videos of the final one.
+
+        None when there are no episodes to run, or when a stop was asked for meanwhile.
+        """
         if not self.config.evaluation.num_episodes:
             return None
         params = jax.device_put(learner.state.params, self._parts.sampler.params_shardings)
@@ -349,7 +346,7 @@ class Controller:
             videos = self._workdir / "videos" if is_final else None
             result = self._evaluator.evaluate(params, videos)
         if result is None:
-            raise StoppedError
+            return None
         record = result.record()
         self._screen.evaluated(record, update=version)
         return record

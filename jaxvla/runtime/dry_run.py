@@ -15,7 +15,7 @@ from jaxvla.learning.optimizer import make_optimizer
 from jaxvla.learning.train_state import init_state
 from jaxvla.runtime.build import Blueprint, Parts
 from jaxvla.sharding import params_shardings, path_name
-from jaxvla.types import TrainingBatch
+from jaxvla.types import TrainingBatch, stand_in
 
 _MIB = 2.0**20
 
@@ -90,7 +90,7 @@ def _activation_bytes(blueprint: Blueprint, rows: int) -> int:
     params, observation = blueprint.params_struct(), blueprint.observation_struct(rows)
     keys = jax.eval_shape(lambda: jax.random.split(rng.root_key(0), rows))
     sample = jax.eval_shape(lambda p, o, k: policy.act(p, o, k, True), params, observation, keys)
-    scalar = jax.ShapeDtypeStruct((rows,), jnp.float32)
+    scalar = stand_in(jax.ShapeDtypeStruct((rows,), jnp.float32))
     batch = TrainingBatch(
         observation=observation,
         trace=sample.trace,

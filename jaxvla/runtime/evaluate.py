@@ -5,11 +5,9 @@ import threading
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxvla.checkpoint import Checkpointer
 from jaxvla.evaluation.evaluator import Evaluator
-from jaxvla.learning.train_state import init_state
 from jaxvla.runtime.build import Blueprint, Parts
 from jaxvla.runtime.groups import Groups
 from jaxvla.telemetry.metrics import MetricRecorder
@@ -28,16 +26,10 @@ def evaluate_checkpoint(
     """Writes eval.json and videos; returns the exit code of the contract."""
     parts = Parts(blueprint)
     groups = Groups(parts, log_dir=workdir / "logs", recorder=MetricRecorder())
-    _, optimizer, placed = parts.train_functions(blueprint.config.optimizer)
+    training = parts.training(blueprint.config.optimizer)
 
     def target(record: dict[str, Any]) -> Any:
-        params = blueprint.params_struct()
-        struct = jax.eval_shape(lambda p: init_state(p, optimizer), params)
-        state = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), struct, placed
-        )
-        group = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), groups.state_struct())
-        return {"state": state, "groups": dict.fromkeys(record["segments"], group)}
+        return {"state": training.target(), "groups": groups.targets(record["segments"])}
 
     checkpointer = Checkpointer(workdir / "checkpoints", keep=blueprint.config.checkpoint.keep)
     restored = checkpointer.restore(target)

@@ -2,9 +2,11 @@
 
 import functools
 import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxvla import rng
 from jaxvla.envs.base import DeviceEnv
@@ -61,8 +63,12 @@ class Groups:
         """A group for one evaluation. It repeats the same episodes whatever the run's seed."""
         return self._make("evaluation", 0, root=rng.root_key(self._config.evaluation.seed))
 
-    def state_struct(self) -> Any:
-        """Shapes and dtypes of a group's state, for checkpoints."""
+    def targets(self, names: Iterable[str]) -> dict[str, Any]:
+        """What a checkpoint must hold of the named groups: host arrays like their states."""
+        state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self._state_struct())
+        return dict.fromkeys(names, state)
+
+    def _state_struct(self) -> Any:
         if self.is_device_env:
             return jax.eval_shape(self.stepper.draw, jax.random.key(0))[0]
         return HostEnvGroup.state_struct(self._config.simulation.envs_per_group)

@@ -16,7 +16,6 @@ from jaxvla.config import ConfigError, ExperimentConfig, UsageError, override, t
 from jaxvla.envs import ENVS
 from jaxvla.envs.base import DeviceEnv, GroundedEnv
 from jaxvla.learning.optimizer import make_optimizer
-from jaxvla.learning.train_state import init_state
 from jaxvla.models import MODELS
 from jaxvla.runtime.build import Blueprint, Parts, draw_blueprint
 from jaxvla.runtime.controller import Controller
@@ -158,13 +157,12 @@ def _check_checkpoint(blueprint: Blueprint, workdir: pathlib.Path) -> None:
     """Refuses settings that do not fit the checkpoint to continue, before anything compiles."""
     config = blueprint.config
     checkpointer = Checkpointer(workdir / "checkpoints", keep=config.checkpoint.keep)
-    groups = Groups(Parts(blueprint), log_dir=workdir / "logs", recorder=MetricRecorder())
+    parts = Parts(blueprint)
+    groups = Groups(parts, log_dir=workdir / "logs", recorder=MetricRecorder())
+    training = parts.training(config.optimizer)
 
     def target(record: dict[str, Any]) -> Any:
-        params = blueprint.params_struct()
-        optimizer = make_optimizer(config.optimizer, params)
-        state = jax.eval_shape(lambda p: init_state(p, optimizer), params)
-        return {"state": state, "groups": dict.fromkeys(record["segments"], groups.state_struct())}
+        return {"state": training.target(), "groups": groups.targets(record["segments"])}
 
     try:
         checkpointer.check(target)

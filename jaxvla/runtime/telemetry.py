@@ -58,7 +58,6 @@ class Telemetry:
             "totals": self.recorder.totals(),
             "time_s": self.time_s,
             "max_staleness": self.max_staleness,
-            "env_steps": self._env_steps,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:

@@ -147,10 +147,10 @@ class _CompilationCounter:
     def __exit__(self, *exception: Any) -> None:
         self._thread = None
 
-    def _listen(self, event: str, duration_s: float, **_: Any) -> None:
+    def _listen(self, event: str, duration_secs: float, **_: Any) -> None:
         if event == self._EVENT and threading.get_ident() == self._thread:
             self._count += 1
-            _LOG.warning("compiled for %.1f s while serving", duration_s)
+            _LOG.warning("compiled for %.1f s while serving", duration_secs)
 
     def take(self) -> int:
         """Compilations since the last call."""

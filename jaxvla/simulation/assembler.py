@@ -1,5 +1,6 @@
 """Builds one trajectory of an env group, chunk by chunk."""
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,7 +62,7 @@ class SegmentAssembler:
         self._observations.append(observation)
         self._samples.append(sample)
         self._versions.append(version)
-        small = result.replace(observation=None, final_observation=None)
+        small = dataclasses.replace(result, observation=None, final_observation=None)
         self._results.append(jax.device_get(small))
         if self._results[-1].truncated.any():
             self._final_observations.append(

@@ -12,7 +12,7 @@ from jaxvla import rng, sharding
 from jaxvla.data.demonstrations import concatenate
 from jaxvla.envs.base import DeviceEnv, EnvState, GroundedEnv
 from jaxvla.simulation.unroll import TokenTable
-from jaxvla.types import SupervisedBatch
+from jaxvla.types import SupervisedBatch, stand_in
 
 
 @flax.struct.dataclass(kw_only=True)
@@ -70,16 +70,18 @@ class Demonstrator:
         rows = PartitionSpec("data")
 
         def label(states: EnvState) -> SupervisedBatch:
-            has_mask = isinstance(env, GroundedEnv)
+            if isinstance(env, GroundedEnv):
+                seen, target_mask = env.observe_target(states)
+            else:
+                seen, target_mask = env.observe(states), None
             return SupervisedBatch(
-                observation=table.complete(env.observe(states)),
-                actions=None,
-                target_mask=env.target_mask(states) if has_mask else None,
+                observation=table.complete(seen), actions=None, target_mask=target_mask
             )
 
         self._label = jax.jit(label, in_shardings=placed, out_shardings=placed)
         self._reset = jax.jit(jax.vmap(env.reset), out_shardings=placed)
-        self._scene = jax.jit(jax.vmap(getattr(env, "scene", env.reset)), out_shardings=placed)
+        if isinstance(env, GroundedEnv):
+            self._scene = jax.jit(jax.vmap(env.scene), out_shardings=placed)
         self._record = jax.jit(
             # MJX's loops start from constants, which the varying-axes check rejects.
             jax.shard_map(
@@ -96,13 +98,15 @@ class Demonstrator:
         keys = jax.random.split(jax.random.key(0), self._num_envs)
         tasks = jnp.zeros(self._num_envs, jnp.int32)
         states = jax.eval_shape(self._reset, keys, tasks)
-        ended = jax.ShapeDtypeStruct((self._num_envs,), bool)
+        ended = stand_in(jax.ShapeDtypeStruct((self._num_envs,), bool))
         self._record.lower(_Episodes(state=states, ended=ended), keys).compile()
 
     def scenes(
         self, *, batch_size: int, num_batches: int, key: jax.Array
     ) -> Iterator[SupervisedBatch]:
         """Batches of random scenes with the mask of what the instruction names, no actions.
+
+        Only for a GroundedEnv.
 
         Args:
           batch_size: rows per batch; a multiple of the simulation mesh's data axis.
@@ -138,9 +142,8 @@ class Demonstrator:
         def keys(block: int) -> jax.Array:
             return jax.random.split(jax.random.fold_in(key, block), self._num_envs)
 
-        episodes = _Episodes(
-            state=self._reset(keys(0), tasks), ended=np.zeros(self._num_envs, bool)
-        )
+        running = stand_in(np.zeros(self._num_envs, bool))
+        episodes = _Episodes(state=self._reset(keys(0), tasks), ended=running)
         blocks: list[_Path] = []
         # One block more than the longest episode has: the last chunks reach beyond its end.
         while not (blocks and np.asarray(blocks[-1].ended).all()):

@@ -16,7 +16,7 @@ from jaxvla import rng, sharding
 from jaxvla.envs.base import DeviceEnv, EnvState
 from jaxvla.simulation import unroll
 from jaxvla.simulation.unroll import TokenTable, Worlds
-from jaxvla.types import ChunkResult, EnvSpec, Observation
+from jaxvla.types import ChunkResult, EnvSpec, Observation, stand_in
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,15 +182,17 @@ class DeviceEnvGroup:
     def _render(self, states: EnvState, count: int) -> np.ndarray:
         """Images of `count` states, with the function compiled for E worlds."""
         parts = []
+        no_return = stand_in(np.zeros(self.num_envs, np.float32))
         for first in range(0, count, self.num_envs):
             index = np.minimum(np.arange(first, first + self.num_envs), count - 1)
             batch = jax.tree.map(lambda x, i=index: x[i], states)
-            worlds = Worlds(env=batch, episode_return=np.zeros(self.num_envs, np.float32))
+            worlds = Worlds(env=batch, episode_return=no_return)
             parts.append(np.asarray(self._stepper.observe(worlds).images))
         return np.concatenate(parts)[:count]
 
     def instruction(self, row: int) -> str:
         """See EnvGroup.instruction."""
+        assert self._worlds is not None, "an instruction belongs to an episode: reset first"
         shown = self._stepper.env.instruction_ids(self._worlds.env)
         return self.spec.instructions[int(shown[row])]
 

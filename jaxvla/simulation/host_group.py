@@ -4,13 +4,14 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxvla.envs.host_pool import HostPool, HostResult
 from jaxvla.simulation.group import Cursor
 from jaxvla.simulation.unroll import TokenTable
 from jaxvla.telemetry.metrics import MetricRecorder, Total
-from jaxvla.types import ChunkResult, EnvObservation, EnvSpec, Observation
+from jaxvla.types import ChunkResult, EnvObservation, EnvSpec, Observation, stand_in
 
 
 class HostEnvGroup:
@@ -54,11 +55,12 @@ class HostEnvGroup:
         self._numbers = first_env + np.arange(num_envs)
         self._seed = seed
         self._recorder = recorder
-        self._episodes = np.zeros(num_envs, np.int64)
+        self._episodes = np.zeros(num_envs, np.int32)
         """Episodes begun so far, per env."""
         self._task = (self._numbers % len(spec.tasks)).astype(np.int32)
         self._steps = np.zeros(num_envs, np.int32)
         self._returns = np.zeros(num_envs, np.float32)
+        self._final_images: Any = None
         self._faults: dict[str, int] = {}
         self._pool = make_pool(num_envs)
 
@@ -92,7 +94,12 @@ class HostEnvGroup:
 
     def state(self) -> Any:
         """See EnvGroup.state: a restart begins the running episodes anew."""
-        return {"episodes": self._episodes.copy(), "task": self._task.copy()}
+        return {"episodes": self._episodes.copy()}
+
+    @staticmethod
+    def state_struct(num_envs: int) -> Any:
+        """Shapes and dtypes of `state()`."""
+        return {"episodes": jax.ShapeDtypeStruct((num_envs,), np.int32)}
 
     def load_state(self, state: Any) -> Observation:
         """See EnvGroup.load_state."""
@@ -172,8 +179,8 @@ class HostEnvGroup:
     def _observe(self) -> Observation:
         """Copies the shared rows: workers overwrite them."""
         seen = EnvObservation(
-            images=np.array(self._pool.images),
-            state=np.array(self._pool.state),
-            instruction=self._task,
+            images=stand_in(np.array(self._pool.images)),
+            state=stand_in(np.array(self._pool.state)),
+            instruction=stand_in(self._task),
         )
         return self._table.complete(seen)

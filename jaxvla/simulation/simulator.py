@@ -149,6 +149,10 @@ class Simulator:
             for chunk in range(self._segment_length):
                 self._chunk(lanes, assemblers, chunk)
             values = self._bootstrap(lanes, assemblers)
+            for lane, ticket, assembler, answers in zip(
+                lanes, tickets, assemblers, values, strict=True
+            ):
+                self._put(lane, ticket, assembler, answers)
         except BaseException as error:
             reason = "shutdown" if isinstance(error, _StoppedError) else "simulator_failed"
             for ticket in tickets:
@@ -157,10 +161,6 @@ class Simulator:
         finally:
             for lane in lanes:
                 lane.client.leave()
-        for lane, ticket, assembler, answers in zip(
-            lanes, tickets, assemblers, values, strict=True
-        ):
-            self._put(lane, ticket, assembler, answers)
 
     def _chunk(self, lanes: list[_Lane], assemblers: list[SegmentAssembler], chunk: int) -> None:
         """One chunk step of every lane: ask for all, wait for all, step all."""
@@ -174,6 +174,7 @@ class Simulator:
             with self._meter.busy("simulate"):
                 cursor = Cursor(segment=lane.segment, chunk=chunk)
                 result = lane.group.step_chunk(answer.result.actions, cursor)
+            assert lane.observation is not None, "every lane was reset before its first chunk"
             assembler.add(lane.observation, answer.result, answer.policy_version, result)
             lane.observation = result.observation
 
@@ -185,10 +186,10 @@ class Simulator:
         Clients are closed-loop, one request at a time; the first query of every lane goes out
         together, further ones (many time limits in one segment) follow one by one.
         """
-        queries = [
-            assembler.bootstrap_queries(lane.observation)
-            for lane, assembler in zip(lanes, assemblers, strict=True)
-        ]
+        queries = []
+        for lane, assembler in zip(lanes, assemblers, strict=True):
+            assert lane.observation is not None, "every lane has run a segment"
+            queries.append(assembler.bootstrap_queries(lane.observation))
         values: list[list[np.ndarray]] = [[] for _ in lanes]
         for index in range(max(len(parts) for parts in queries)):
             asking = [i for i, parts in enumerate(queries) if index < len(parts)]

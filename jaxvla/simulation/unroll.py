@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxvla.envs.base import DeviceEnv, EnvState
-from jaxvla.types import ChunkResult, EnvObservation, Observation
+from jaxvla.types import ChunkResult, EnvObservation, Observation, stand_in
 
 
 @flax.struct.dataclass(kw_only=True)
@@ -37,7 +37,7 @@ class TokenTable:
         """Adds the tokens of the instruction to what the env shows."""
         return Observation(
             images=seen.images,
-            image_mask=np.ones(seen.images.shape[:-3], bool),
+            image_mask=stand_in(np.ones(seen.images.shape[:-3], bool)),
             state=seen.state,
             tokens=self.tokens[seen.instruction],
             token_mask=self.mask[seen.instruction],
@@ -112,7 +112,9 @@ def _run_steps(
 ) -> tuple[EnvState, jax.Array, EnvState]:
     """Control steps of one world until its episode ends: last state, summed reward, all states."""
 
-    def advance(carry: tuple[EnvState, jax.Array], action: jax.Array) -> tuple[Any, None]:
+    def advance(
+        carry: tuple[EnvState, jax.Array], action: jax.Array
+    ) -> tuple[tuple[EnvState, jax.Array], EnvState]:
         state, total = carry
         ended = state.terminated | state.truncated
         stepped = env.step(state, action)

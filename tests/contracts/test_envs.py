@@ -179,7 +179,7 @@ def test_step_keeps_shapes_and_dtypes(compiled: Compiled) -> None:
 
 def test_observation_is_what_the_spec_says(compiled: Compiled) -> None:
     spec = compiled.env.spec
-    states = jax.eval_shape(compiled.worlds).env
+    states = compiled.worlds().env
     seen = jax.eval_shape(compiled.env.observe, states)
     size = spec.image_size
     assert seen.images.shape == (E, len(spec.cameras), size, size, 3)
@@ -188,7 +188,7 @@ def test_observation_is_what_the_spec_says(compiled: Compiled) -> None:
     dtypes = (seen.images.dtype, seen.state.dtype, seen.instruction.dtype)
     assert dtypes == (jnp.uint8, jnp.float32, jnp.int32)
     if isinstance(compiled.env, GroundedEnv):
-        mask = jax.eval_shape(compiled.env.target_mask, states)
+        mask = jax.eval_shape(compiled.env.observe_target, states)[1]
         assert mask.shape == seen.images.shape[:-1] and mask.dtype == bool
 
 

@@ -24,7 +24,7 @@ class CompiledTabletop:
     env: Tabletop
     step: Callable[[TabletopState, ArrayLike], TabletopState]
     look: Callable[[TabletopState], tuple[EnvObservation, jax.Array]]
-    """What `observe` and `target_mask` give, compiled as one."""
+    """What `observe_target` gives."""
     expert: Callable[[TabletopState], jax.Array]
     draw: Callable[[jax.Array, jax.Array], TabletopState]
 
@@ -73,7 +73,7 @@ def compile_tabletop() -> CompiledTabletop:
     return CompiledTabletop(
         env=env,
         step=jax.jit(jax.vmap(chex.assert_max_traces(env.step, n=1))),
-        look=quick_jit(lambda states: (env.observe(states), env.target_mask(states))),
+        look=quick_jit(env.observe_target),
         expert=quick_jit(jax.vmap(env.expert_action)),
         draw=quick_jit(jax.vmap(env.reset)),
     )

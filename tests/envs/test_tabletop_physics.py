@@ -4,13 +4,13 @@ C MuJoCo computes in float64, MJX in float32. What to expect (measured):
 
   free motion   3e-8 m after 100 control steps: the same physics. The blocks rest on the table,
                 twelve contacts, all the while.
-  a grip        1e-5 m per control step, re-started from the same state: line contacts between
+  a grip        2e-5 m per control step, re-started from the same state: line contacts between
                 capsules and boxes agree.
-  pushing       not comparable for long. MJX keeps only those contacts between a box and the
-                plane that lie within 1 mm of the deepest, and its capsules choose another face
-                once they are deep inside a box, so from then on blocks tumble differently. The
-                typical step agrees nevertheless.
-  stops         a joint stop acts or not by the sign of a distance of 1e-9 m: 2e-4 m.
+  pushing       3e-6 m per control step in the median while the fingers are less than 6 mm deep
+                in a block, centimetres where they are deeper: there the two choose different
+                faces to push the capsule out of. Landing blocks differ too, for MJX keeps only
+                the contacts with the plane that lie within 1 mm of the deepest.
+  stops         a joint stop acts or not by the sign of a distance of 1e-9 m: 3e-4 m.
 
 Contacts make motion chaotic besides: whole episodes are compared by their outcome only.
 """
@@ -114,7 +114,7 @@ def test_a_grip_is_the_same_physics(tabletop: CompiledTabletop) -> None:
     errors = step_errors(tabletop, "lift", seed=0)
     held = errors["num_touches"] == scene.SUBSTEPS
     assert held.sum() > 100
-    assert errors["depth_m"][held].max() < 5e-3
+    assert errors["depth_m"][held].max() < 6e-3
     for name, atol in (("hand", 1e-5), ("fingers", 1e-5), ("blocks", 5e-5)):
         assert errors[name][held].max() < atol, name
     # Before the grip: the blocks rest, the fingers meet their stops.
@@ -125,11 +125,11 @@ def test_a_grip_is_the_same_physics(tabletop: CompiledTabletop) -> None:
 
 def test_a_typical_push_is_the_same_physics(tabletop: CompiledTabletop) -> None:
     errors = step_errors(tabletop, "push", seed=0)
-    pushing = (errors["num_touches"] == scene.SUBSTEPS) & (errors["depth_m"] < 5e-3)
-    assert pushing.sum() > 15
-    third, half = np.quantile(errors["blocks"][pushing], [1 / 3, 1 / 2])
-    assert third < 5e-5 and half < 1e-3
-    assert np.median(errors["blocks"]) < 1e-6
+    touched = errors["num_touches"] == scene.SUBSTEPS
+    shallow = touched & (errors["depth_m"] < 6e-3)
+    assert shallow.sum() > 30
+    assert np.median(errors["blocks"][shallow]) < 2e-5
+    assert np.median(errors["blocks"][errors["num_touches"] == 0]) < 1e-6
     # The hand is driven, not pushed about, whatever the blocks do.
     assert errors["hand"].max() < 0.01
 

@@ -2,9 +2,10 @@
 
 Every function takes the ray origin `o` (three scalars), ray directions `d` (three
 arrays [P], not normalised) and the geom's MuJoCo sizes, and returns `(t, normal)`:
-`t` [P] is the ray parameter, inf where the ray misses or meets the geom from inside
-(back faces are culled, as a rasteriser does); `normal` is three arrays [P], outward,
-unit length, arbitrary where t is inf.
+`t` [P] is the ray parameter, inf where the ray misses. It is inf or negative where the
+geom lies behind the origin or around it: nothing is seen from inside, as a rasteriser
+culls back faces. `normal` is three arrays [P], outward, unit length, arbitrary where t is
+not positive and finite.
 
 Components are separate arrays rather than a trailing axis of 3: XLA then fuses a whole
 geom into one vectorised loop over pixels.
@@ -12,6 +13,8 @@ geom into one vectorised loop over pixels.
 The quadrics and slabs are the textbook forms; sizes follow MuJoCo's conventions
 (https://mujoco.readthedocs.io/en/stable/XMLreference.html#body-geom-size).
 """
+
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +24,12 @@ Hit = tuple[jax.Array, Vec]
 
 _EPS = 1e-12
 _TRIANGLES_PER_BLOCK = 16
+
+
+def _each(function: Callable[..., jax.Array], *vectors: Iterable[jax.Array]) -> Vec:
+    """Applies a function component by component."""
+    x, y, z = (function(*components) for components in zip(*vectors, strict=True))
+    return x, y, z
 
 
 def _dot(a: Vec, b: Vec) -> jax.Array:
@@ -56,16 +65,15 @@ def sphere(o: Vec, d: Vec, size: jax.Array) -> Hit:
     t = _entry(_dot(d, d), _dot(o, d), _dot(o, o) - size[0] ** 2)
     scale = 1.0 / size[0]
     safe = jnp.where(jnp.isfinite(t), t, 0.0)
-    return t, tuple((o[i] + safe * d[i]) * scale for i in range(3))
+    return t, _each(lambda a, b: (a + safe * b) * scale, o, d)
 
 
 def ellipsoid(o: Vec, d: Vec, size: jax.Array) -> Hit:
     """Ellipsoid with half-axes `size`: a unit sphere in scaled coordinates."""
-    oo = tuple(o[i] / size[i] for i in range(3))
-    dd = tuple(d[i] / size[i] for i in range(3))
+    oo, dd = _each(jnp.divide, o, size), _each(jnp.divide, d, size)
     t = _entry(_dot(dd, dd), _dot(oo, dd), _dot(oo, oo) - 1.0)
     safe = jnp.where(jnp.isfinite(t), t, 0.0)
-    n = tuple((oo[i] + safe * dd[i]) / size[i] for i in range(3))
+    n = _each(lambda a, b, s: (a + safe * b) / s, oo, dd, size)
     inverse = jax.lax.rsqrt(jnp.maximum(_dot(n, n), _EPS))
     return t, (n[0] * inverse, n[1] * inverse, n[2] * inverse)
 
@@ -80,7 +88,7 @@ def box(o: Vec, d: Vec, size: jax.Array) -> Hit:
         far.append(jnp.maximum(a, b))
     t = jnp.maximum(jnp.maximum(near[0], near[1]), near[2])
     leave = jnp.minimum(jnp.minimum(far[0], far[1]), far[2])
-    normal = tuple(jnp.where(near[i] == t, -jnp.sign(d[i]), 0.0) for i in range(3))
+    normal = _each(lambda enter, c: jnp.where(enter == t, -jnp.sign(c), 0.0), near, d)
     return jnp.where((t < leave) & (t > 0), t, jnp.inf), normal
 
 
@@ -99,7 +107,7 @@ def _tube(o: Vec, d: Vec, radius: jax.Array, half_length: jax.Array) -> Hit:
 
 def _nearest(first: Hit, second: Hit) -> Hit:
     closer = second[0] < first[0]
-    normal = tuple(jnp.where(closer, second[1][i], first[1][i]) for i in range(3))
+    normal = _each(lambda a, b: jnp.where(closer, b, a), first[1], second[1])
     return jnp.where(closer, second[0], first[0]), normal
 
 
@@ -164,5 +172,5 @@ def _triangle(o: Vec, d: Vec, corners: jax.Array) -> Hit:
     inside = facing & (u >= 0) & (v >= 0) & (u + v <= 1) & (t > 0)
     n = _cross(edge1, edge2)
     length = jax.lax.rsqrt(jnp.maximum(_dot(n, n), 1e-30))
-    normal = tuple(jnp.broadcast_to(component * length, t.shape) for component in n)
+    normal = _each(lambda component: jnp.broadcast_to(component * length, t.shape), n)
     return jnp.where(inside, t, jnp.inf), normal
