@@ -25,8 +25,8 @@ def get_config() -> c.ExperimentConfig:
             learning_rate=1.5e-4,
             value_learning_rate=2e-3,
             warmup_steps=12,
-            decay_steps=308,
-            final_fraction=0.3,
+            decay_steps=388,
+            final_fraction=0.4,
             trainable=EXPERT_AND_CRITIC,
         ),
         warm_start=c.WarmStartConfig(
@@ -38,9 +38,9 @@ def get_config() -> c.ExperimentConfig:
         ),
         simulation=c.SimulationConfig(num_groups=2, envs_per_group=32, segment_length=16),
         serving=c.ServingConfig(max_batch=32),
-        learning=c.LearningConfig(num_updates=80, trajectories_per_update=2),
+        learning=c.LearningConfig(num_updates=100, trajectories_per_update=2),
     )
 
 
-EXPERT_AND_CRITIC = "_1/|^(action|time|state)_|^value_head/"
+EXPERT_AND_CRITIC = "^PaliGemma/llm/.*_1/|^(action|time|state)_|^value_head/"
 """Parameter paths of the action expert, its projections, and the value head."""

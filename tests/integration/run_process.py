@@ -1,0 +1,70 @@
+"""A training run as a process of its own, watched line by line."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+from typing import Any
+
+ROOT = pathlib.Path(__file__).parents[2]
+DEVICE_FLAG = "--xla_force_host_platform_device_count"
+
+
+class RunProcess:
+    """`python -m jaxvla.main --config=configs/debug.py` with overrides."""
+
+    def __init__(self, workdir: pathlib.Path, *arguments: str, num_devices: int = 1):
+        self.workdir = workdir
+        self.lines: list[str] = []
+        flags = re.sub(rf"{DEVICE_FLAG}=\d+", "", os.environ.get("XLA_FLAGS", ""))
+        environment = os.environ | {"XLA_FLAGS": f"{flags} {DEVICE_FLAG}={num_devices}".strip()}
+        command = [sys.executable, "-m", "jaxvla.main", "--config=configs/debug.py"]
+        self._process = subprocess.Popen(
+            [*command, f"--workdir={workdir}", *arguments],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def until(self, pattern: str) -> str:
+        """Reads lines up to the first that matches."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self.lines.append(line.rstrip("\n"))
+            if re.search(pattern, line):
+                return self.lines[-1]
+        raise AssertionError(f"no line matches {pattern!r}:\n" + "\n".join(self.lines))
+
+    def send(self, which: signal.Signals) -> None:
+        """Sends a signal."""
+        self._process.send_signal(which)
+
+    def finish(self) -> int:
+        """Reads to the end; returns the exit code."""
+        assert self._process.stdout is not None
+        self.lines += [line.rstrip("\n") for line in self._process.stdout]
+        return self._process.wait()
+
+    def expect(self, code: int) -> "RunProcess":
+        """Reads to the end and requires the exit code."""
+        actual = self.finish()
+        assert actual == code, f"exit code {actual}:\n" + "\n".join(self.lines)
+        return self
+
+    def records(self) -> list[dict[str, Any]]:
+        """metrics.jsonl."""
+        return [json.loads(x) for x in (self.workdir / "metrics.jsonl").read_text().splitlines()]
+
+    def summary(self) -> dict[str, Any]:
+        """summary.json."""
+        return json.loads((self.workdir / "summary.json").read_text())
+
+    def digests(self, step: int) -> dict[str, str]:
+        """Leaf path -> SHA-256 of the arrays of a checkpoint."""
+        (record,) = (self.workdir / "checkpoints" / str(step) / "record").glob("*")
+        return json.loads(record.read_text())["digests"]
