@@ -11,7 +11,9 @@ Actions, float32 [4] in [-1, 1]: hand motion (x, y, z) as a fraction of MAX_MOVE
 control step, and grip (-1 opens, +1 closes).
 """
 
+import contextlib
 import dataclasses
+import io
 from dataclasses import dataclass
 
 import flax.struct
@@ -19,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import mujoco
 import numpy as np
-from mujoco import mjx
 
 from jaxvla.config import ConfigError, EnvConfig
 from jaxvla.envs import tabletop_expert
@@ -27,6 +28,9 @@ from jaxvla.envs import tabletop_scene as scene
 from jaxvla.envs.base import EnvState
 from jaxvla.envs.rendering.ray_caster import RayCaster, ScenePoses
 from jaxvla.types import EnvObservation, EnvSpec
+
+with contextlib.redirect_stdout(io.StringIO()):  # it prints that the optional warp is missing
+    from mujoco import mjx
 
 TASKS = {
     "reach": ("reach the {} block", 32),
@@ -167,7 +171,8 @@ class Tabletop:
         top = self.block(state) + jnp.asarray([0.0, 0.0, scene.BLOCK_HALF_M])
         tip = state.set_point + jax.random.uniform(way_key) * (top - state.set_point)
         hand = tip - jnp.asarray([0.0, 0.0, _TIP_AT_ZERO_M])
-        return state.replace(qpos=state.qpos.at[:3].set(hand), set_point=tip)
+        qpos = state.qpos.at[:3].set(hand)
+        return dataclasses.replace(state, qpos=qpos, set_point=tip)
 
     def _initial_qpos(self, tip: jax.Array, places: jax.Array) -> jax.Array:
         hand = tip - jnp.asarray([0.0, 0.0, _TIP_AT_ZERO_M])

@@ -1,5 +1,6 @@
 """What is checked once before training: a sample's log-prob does not depend on who computes it."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -34,7 +35,8 @@ class LogProbCheck:
         blueprint = self._parts.blueprint
         struct = blueprint.observation_struct(self._num_rows)
         tokens, mask = blueprint.table.tokens[0], blueprint.table.mask[0]
-        return struct.replace(
+        return dataclasses.replace(
+            struct,
             images=random.integers(0, 256, struct.images.shape, np.uint8),
             image_mask=np.ones(struct.image_mask.shape, bool),
             state=random.uniform(-1.0, 1.0, struct.state.shape).astype(np.float32),

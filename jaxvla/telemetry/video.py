@@ -2,6 +2,7 @@
 
 import math
 import pathlib
+import warnings
 
 import imageio_ffmpeg
 import numpy as np
@@ -53,7 +54,10 @@ def write_video(
         macro_block_size=2,
     )
     try:
-        encoder.send(None)
+        with warnings.catch_warnings():
+            # The child runs ffmpeg at once, so locks of JAX's threads do not matter to it.
+            warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
+            encoder.send(None)
         for picture in pictures:
             large = picture.repeat(factor, axis=0).repeat(factor, axis=1)
             frame = np.pad(np.concatenate([large, caption]), padding, mode="edge")

@@ -111,24 +111,25 @@ def test_returns_and_steps_add_up_over_chunks_of_an_episode() -> None:
 
 
 def test_exploded_worlds_are_invalid_and_restarted() -> None:
-    before = start(LONG, LONG, SHORT)
+    before = start(LONG, LONG, SHORT, LONG)
     after, result, _ = chunk(
         before,
         [(WALK, 1), (EXPLODE, 5), (SUCCEED, 1)],  # even where it then seems to succeed
         [(WALK, 1)] * 3,
         [(EXPLODE, 1), (WALK, 1), (WALK, 1)],  # even where it then runs out of time
+        [(WALK, 1), (EXPLODE, 1), (WALK, 1)],
         seed=3,
     )
-    np.testing.assert_array_equal(result.invalid, [True, False, True])
+    np.testing.assert_array_equal(result.invalid, [True, False, True, True])
     for name in ("terminated", "truncated", "success"):
         assert not np.any(getattr(result, name)), name
-    np.testing.assert_array_equal(result.reward, [0, 3, 0])
-    np.testing.assert_array_equal(result.episode_return, [0, 3, 0])
-    np.testing.assert_array_equal(after.env.num_steps, [0, 3, 0])
-    np.testing.assert_array_equal(after.episode_return, [0, 3, 0])
+    np.testing.assert_array_equal(result.reward, [0, 3, 0, 0])
+    np.testing.assert_array_equal(result.episode_return, [0, 3, 0, 0])
+    np.testing.assert_array_equal(after.env.num_steps, [0, 3, 0, 0])
+    np.testing.assert_array_equal(after.episode_return, [0, 3, 0, 0])
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result.observation))
-    assert (identities(after) != identities(before)).tolist() == [True, False, True]
+    assert (identities(after) != identities(before)).tolist() == [True, False, True, True]
 
 
 def test_path_holds_every_state_and_stands_still_after_the_end() -> None:
