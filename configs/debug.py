@@ -2,6 +2,8 @@
 
 Command:   python -m jaxvla.main --config=configs/debug.py
 Hardware:  1 CPU core
+Time:      about a minute, most of it compilation
+Result:    4 updates and an exit code of 0; it learns nothing
 """
 
 import dataclasses
