@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 import flax.struct
 import jax
 
+from jaxvla.config import EnvConfig
 from jaxvla.types import EnvObservation, EnvSpec
 
 
@@ -35,6 +36,8 @@ class DeviceEnv(Protocol):
     """Pure functions of one world (no batch axis). All are traced under vmap and jit."""
 
     spec: EnvSpec
+    config: EnvConfig
+    """Resolved: no -1 left."""
 
     def reset(self, key: jax.Array, task: jax.Array) -> EnvState:
         """Starts an episode of `task` (int32 []); everything random comes from `key`."""

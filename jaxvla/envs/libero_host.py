@@ -126,7 +126,7 @@ class LiberoHost:
     """The simulator's side of LIBERO: describes it and starts its workers.
 
     Attributes:
-      config: as given.
+      config: as given, with the time limit filled in.
       spec: task id = position in `task_ids` (or in the suite) = instruction id.
     """
 
@@ -142,8 +142,8 @@ class LiberoHost:
 
         config.validate()
         _check_gl(config.gl)
-        self.config = config
         self._tasks = _select_tasks(config)
+        self.config = dataclasses.replace(config, max_episode_steps=_time_limit(config))
         self.spec = EnvSpec(
             cameras=tuple(CAMERAS),
             image_size=config.image_size,
@@ -154,7 +154,7 @@ class LiberoHost:
             action_names=ACTION_NAMES,
             tasks=tuple(task.name for task in self._tasks),
             instructions=tuple(task.instruction for task in self._tasks),
-            max_episode_steps=(_time_limit(config),) * len(self._tasks),
+            max_episode_steps=(self.config.max_episode_steps,) * len(self._tasks),
             control_hz=CONTROL_HZ,
         )
 

@@ -79,7 +79,9 @@ def draw_blueprint(config: ExperimentConfig) -> Blueprint:
     model = config.model.resolve(
         env.spec, num_executed=config.env.num_executed, tokenizer=tokenizer
     )
-    config = dataclasses.replace(config, model=model, serving=_resolve_serving(config))
+    config = dataclasses.replace(
+        config, env=env.config, model=model, serving=_resolve_serving(config)
+    )
     spec = env.spec
     stats = NormStats.from_bounds(
         np.asarray(spec.state_low), np.asarray(spec.state_high), spec.action_dim

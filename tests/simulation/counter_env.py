@@ -4,6 +4,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from jaxvla.config import EnvConfig
 from jaxvla.envs.base import EnvState
 from jaxvla.types import EnvObservation, EnvSpec
 
@@ -24,6 +25,7 @@ class CounterState(EnvState):
 class CounterEnv:
     """Implements DeviceEnv. Pictures hold the step count, the state vector all the rest."""
 
+    config = EnvConfig(name="counter")
     spec = EnvSpec(
         cameras=("eye",),
         image_size=2,
