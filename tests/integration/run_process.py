@@ -66,5 +66,5 @@ class RunProcess:
 
     def digests(self, step: int) -> dict[str, str]:
         """Leaf path -> SHA-256 of the arrays of a checkpoint."""
-        (record,) = (self.workdir / "checkpoints" / str(step) / "record").glob("*")
+        record = self.workdir / "checkpoints" / str(step) / "record" / "metadata"
         return json.loads(record.read_text())["digests"]
