@@ -20,15 +20,15 @@ def get_config() -> c.ExperimentConfig:
         name="quickstart",
         env=TabletopConfig(tasks=("reach",), num_executed=4),
         # After the warm start RL trains the action expert and the critic alone: vision and
-        # language have been grounded, and an update costs less than half.
+        # language have been grounded, and their encodings serve all the epochs of an update.
         model=dataclasses.replace(tiny_config(), detach_value=True),
-        algorithm=PPOConfig(num_epochs=2, num_minibatches=2, bootstrap_truncated=False),
+        algorithm=PPOConfig(num_epochs=4, num_minibatches=2, bootstrap_truncated=False),
         optimizer=c.OptimizerConfig(
             learning_rate=1.5e-4,
             value_learning_rate=2e-3,
             warmup_steps=12,
-            decay_steps=388,
-            final_fraction=0.4,
+            decay_steps=708,
+            final_fraction=0.3,
             trainable=EXPERT_AND_CRITIC,
         ),
         warm_start=c.WarmStartConfig(
@@ -40,7 +40,7 @@ def get_config() -> c.ExperimentConfig:
         ),
         simulation=c.SimulationConfig(num_groups=2, envs_per_group=32, segment_length=16),
         serving=c.ServingConfig(max_batch=32),
-        learning=c.LearningConfig(num_updates=100, trajectories_per_update=2),
+        learning=c.LearningConfig(num_updates=90, trajectories_per_update=2, encode_once=True),
     )
 
 

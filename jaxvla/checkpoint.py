@@ -13,7 +13,7 @@ import logging
 import pathlib
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +42,7 @@ class CorruptCheckpointError(RuntimeError):
 
 
 class CheckpointMismatchError(UsageError):
-    """A sound checkpoint has other leaves, shapes or dtypes than the run."""
+    """A sound checkpoint has other leaves, shapes or dtypes than the run, or another identity."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,10 +63,18 @@ class _DamagedError(Exception):
 class Checkpointer:
     """Checkpoints of one work directory."""
 
-    def __init__(self, directory: pathlib.Path, *, keep: int):
-        """Args: the directory (made when first written), and how many newest steps to keep."""
+    def __init__(
+        self, directory: pathlib.Path, *, keep: int, identity: Mapping[str, str] | None = None
+    ):
+        """Args:
+        directory: made when first written.
+        keep: how many newest steps are kept.
+        identity: what a step must share with the run though no array shows it, by name, such
+          as the fingerprint of the tokenizer.
+        """
         self._directory = directory.resolve()
         self._keep = keep
+        self._identity = dict(identity or {})
         self._manager: ocp.CheckpointManager | None = None
         self._damaged: list[int] = []
         """Steps found damaged since the last save."""
@@ -101,7 +109,12 @@ class Checkpointer:
             return
         if steps and step < max(steps):
             raise ValueError(f"step {step} comes after step {max(steps)} was saved")
-        body = {"record": record, "kinds": _kinds(arrays), "digests": _digests(arrays)}
+        body = {
+            "record": record,
+            "identity": self._identity,
+            "kinds": _kinds(arrays),
+            "digests": _digests(arrays),
+        }
         body = json.loads(json.dumps(body))  # as it will be read: keys are strings
         manager.save(
             step,
@@ -112,11 +125,13 @@ class Checkpointer:
         )
         manager.wait_until_finished()
 
-    def restore(self, target_for: TargetFor) -> Restored | None:
+    def restore(self, target_for: TargetFor, *, within: str = "") -> Restored | None:
         """The newest step that passes verification, or None when there is no step.
 
         Args:
-          target_for: what the step must match; nothing else is read from the files.
+          target_for: what the step must match.
+          within: prefix of leaf paths, such as "state/params/". Other leaves are neither read
+            nor verified, and the target has none of them.
 
         Raises:
           CheckpointMismatchError: the newest sound step does not match.
@@ -126,7 +141,7 @@ class Checkpointer:
         steps = self.steps()
         for step in reversed(steps):
             try:
-                return self._restore(step, target_for)
+                return self._restore(step, target_for, within)
             except _DamagedError as error:
                 _LOG.error("checkpoint %d is damaged and was passed over: %s", step, error)
                 self._damaged.append(step)
@@ -137,8 +152,11 @@ class Checkpointer:
             )
         return None
 
-    def check(self, target_for: TargetFor) -> None:
+    def check(self, target_for: TargetFor, *, within: str = "") -> None:
         """Compares the newest readable step with a target, without reading its arrays.
+
+        Args:
+          target_for, within: as for `restore`.
 
         Raises:
           CheckpointMismatchError: they do not match.
@@ -148,7 +166,7 @@ class Checkpointer:
                 body = self._body(step)
             except _DamagedError:
                 continue  # `restore` says so
-            self._require_match(step, body["kinds"], target_for(body["record"]))
+            self._matched_target(step, body, target_for, within)
             return
 
     def close(self) -> None:
@@ -182,11 +200,10 @@ class Checkpointer:
                 shutil.rmtree(path)
         self._has_saved = True
 
-    def _restore(self, step: int, target_for: TargetFor) -> Restored:
+    def _restore(self, step: int, target_for: TargetFor, within: str) -> Restored:
         body = self._body(step)
-        target = target_for(body["record"])
-        self._require_match(step, body["kinds"], target)
-        arrays = self._arrays(step, target)
+        target = self._matched_target(step, body, target_for, within)
+        arrays = self._arrays(step, target, is_partial=bool(within))
         found = _digests(arrays)
         wrong = sorted(name for name in found if body["digests"][name] != found[name])
         if wrong:
@@ -194,7 +211,7 @@ class Checkpointer:
         return Restored(step=step, arrays=arrays, record=body["record"])
 
     def _body(self, step: int) -> dict[str, Any]:
-        """The verified JSON of a step: "record", "kinds" and "digests"."""
+        """The verified JSON of a step: "record", "identity", "kinds" and "digests"."""
         args = ocp.args.Composite(record=ocp.args.JsonRestore())
         try:
             body = dict(self._open().restore(step, args=args)["record"])
@@ -205,25 +222,45 @@ class Checkpointer:
             raise _DamagedError("the record does not match its digest")
         return body
 
-    def _arrays(self, step: int, target: Any) -> Any:
-        restore_args = ocp.checkpoint_utils.construct_restore_args(target)
-        args = ocp.args.Composite(arrays=ocp.args.PyTreeRestore(target, restore_args=restore_args))
+    def _arrays(self, step: int, target: Any, *, is_partial: bool) -> Any:
+        arrays = ocp.args.PyTreeRestore(
+            target,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+            partial_restore=is_partial,
+        )
+        args = ocp.args.Composite(arrays=arrays)
         try:
             return self._open().restore(step, args=args)["arrays"]
         except (ValueError, TypeError, KeyError, OSError) as error:
             raise _DamagedError(f"unreadable arrays: {error}") from error
 
-    def _require_match(self, step: int, kinds: _LeafKinds, target: Any) -> None:
+    def _matched_target(
+        self, step: int, body: dict[str, Any], target_for: TargetFor, within: str
+    ) -> Any:
+        """The target for a step, which it matches: else CheckpointMismatchError."""
+        self._require_identity(step, body)
+        target = target_for(body["record"])
+        kinds = {name: kind for name, kind in body["kinds"].items() if name.startswith(within)}
         wanted = _kinds(target)
         wrong = [name for name in {**kinds, **wanted} if kinds.get(name) != wanted.get(name)]
         if not wrong:
-            return
+            return target
         name, more = wrong[0], f" (and {len(wrong) - 1} more leaves)" if len(wrong) > 1 else ""
         raise CheckpointMismatchError(
             f"checkpoint {step} of {self._directory} was made with other settings: {name} is "
             f"{kinds.get(name, 'absent')} in it, {wanted.get(name, 'absent')} now{more}. "
             "Fix: the settings in the run's config.json, or --workdir=NEW_DIR"
         )
+
+    def _require_identity(self, step: int, body: dict[str, Any]) -> None:
+        # Steps written before identities were recorded have none and cannot be told apart.
+        written = body.get("identity", {})
+        for name, own in self._identity.items():
+            if written.get(name, own) != own:
+                raise CheckpointMismatchError(
+                    f"checkpoint {step} of {self._directory} was made with another {name}: "
+                    f"{written[name]!r} in it, {own!r} now. Fix: --workdir=NEW_DIR"
+                )
 
 
 def _kinds(tree: Any) -> _LeafKinds:

@@ -31,7 +31,10 @@ class ConfigError(UsageError):
 
 def override(name: str, value: Any) -> str:
     """The argument that changes a setting, quoted for a shell."""
-    return f"--config.{name}={shlex.quote(str(value))}"
+    text = str(value)
+    # shlex can only write a quoted name as '"'"'name'"'"', which is hard to read.
+    is_plain = "'" in text and not set(text) & set('"$`\\!')
+    return f"--config.{name}=" + (f'"{text}"' if is_plain else shlex.quote(text))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -57,6 +60,9 @@ class ModelConfig:
     """Control steps H predicted per chunk query."""
     max_tokens: int = -1
     """Length N of the padded prompt; -1: the env's longest, rounded up to a multiple of 8."""
+
+    def validate(self) -> None:
+        """Raises ConfigError when a setting cannot work, whatever the env."""
 
     def resolve(self, spec: Any, *, num_executed: int, tokenizer: Any) -> "ModelConfig":
         """A copy with every -1 filled in from the env, validated. Every model has its own.
@@ -207,6 +213,9 @@ class LearningConfig:
     """Learner updates in the whole run (across resumes)."""
     trajectories_per_update: int = 2
     """Trajectories P consumed per update."""
+    encode_once: bool = False
+    """Encode the observations of a batch once per update, not once per optimizer step. Needs an
+    encoder that `optimizer.trainable` leaves frozen, and room for the encodings."""
     max_skipped_updates: int = 3
     """Updates in a row with a gradient that was not finite, after which the run stops with exit
     code 4."""

@@ -168,7 +168,9 @@ class Trajectory:
 class TrainingBatch:
     """What a loss reads: samples with their targets, all [T, B, ...] or flattened [N, ...]."""
 
-    observation: Observation
+    observation: Any
+    """Observation as `Algorithm.prepare` returns it, its encoding (`Policy.encode`) as
+    `Algorithm.loss` reads it."""
     trace: Any
     behavior_log_prob: jax.Array
     """float32, of the weights that acted."""

@@ -11,6 +11,8 @@ from jaxvla.config import ConfigError, ExperimentConfig, override
 from jaxvla.layout import Layout, LayoutError, parse_layout
 
 _MAX_FLOAT32 = 3.4028234663852886e38
+_SELECTIONS = ("env.tasks", "env.task_ids", "telemetry.writers")
+"""Settings, of whichever plug-ins have them, that pick things out of a list."""
 _MAX_BUCKETS = 64
 """Batch sizes compiled without being asked for one by one."""
 
@@ -24,7 +26,9 @@ def validate(config: ExperimentConfig) -> None:
     _validate_types(config)
     _validate_names(config)
     _validate_ranges(config)
+    _validate_selections(config)
     config.env.validate()
+    config.model.validate()
     config.algorithm.validate()
     layout = _validate_layout(config)
     _validate_schedule(config)
@@ -277,6 +281,15 @@ def _validate_ranges(config: ExperimentConfig) -> None:
         f"must be <= model.action_horizon = {horizon}",
         horizon,
     )
+
+
+def _validate_selections(config: ExperimentConfig) -> None:
+    """Twice the same task would count as two; twice the same writer would write to one place."""
+    for name, value, _ in _settings(config):
+        if name in _SELECTIONS:
+            distinct = tuple(dict.fromkeys(value))
+            holds = len(distinct) == len(value)
+            _require(config, name, holds, "must name each one once", distinct)
 
 
 def _validate_warm_start(config: ExperimentConfig) -> None:

@@ -241,8 +241,8 @@ def test_raw_bytes_that_orbax_accepts_are_caught_by_the_digest(
     """A reader that returns other values than were written, without an error."""
     honest = Checkpointer._arrays
 
-    def flipped(self: Checkpointer, step: int, target: Any) -> Any:
-        arrays = honest(self, step, target)
+    def flipped(self: Checkpointer, step: int, target: Any, **options: Any) -> Any:
+        arrays = honest(self, step, target, **options)
         if step == 5:
             arrays["w"][100] = np.nextafter(arrays["w"][100], np.inf)
         return arrays

@@ -15,6 +15,7 @@ import pytest
 from jaxvla import main
 from jaxvla.checkpoint import Checkpointer
 from jaxvla.config import to_dict
+from jaxvla.envs.tabletop import Tabletop
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _DEBUG = f"--config={_ROOT / 'configs' / 'debug.py'}"
@@ -119,6 +120,21 @@ _MISTAKES = {
         "config.env.name = 'no_such_package:Env'",
         "cannot be imported",
     ),
+    "same task twice": (
+        f"{_DEBUG} {_C}env.tasks=\"('reach','reach')\"",
+        "config.env.tasks = ('reach', 'reach'): must name each one once",
+        "Fix: --config.env.tasks=\"('reach',)\"",
+    ),
+    "no task": (f"{_DEBUG} {_C}env.tasks='()'", "config.env.tasks = (): tasks are reach, push"),
+    "value head of width 0": (
+        f"{_DEBUG} {_C}model.value_widths='(16,0)'",
+        "config.model.value_widths = (16, 0): each must be in [1, 2**31)",
+        "Fix: --config.model.value_widths='(16,)'",
+    ),
+    "head that cannot be split": (
+        f"{_DEBUG} {_C}model.vision_heads=3",
+        "config.model.vision_heads = 3: must divide model.vision_width = 32",
+    ),
     "unknown task": (f"{_DEBUG} {_C}env.tasks=\"('fly',)\"", "tasks are reach, push, lift"),
     "unknown writer": (
         f"{_DEBUG} {_C}telemetry.writers=\"('tensorbord',)\"",
@@ -138,6 +154,7 @@ _MISTAKES = {
         f"{_DEBUG} --workdir=used --job=evaluate",
         "--workdir=used: holds no checkpoints to evaluate. Fix: run --job=train",
     ),
+    "platform that is not there": (_DEBUG, "JAX has no devices: ", "no_such_platform", "Fix: "),
 }
 
 _CHILD = """
@@ -248,6 +265,29 @@ def test_more_devices_than_there_are(place: pathlib.Path):
     assert err.count("\n") == 1 and _listing(place) == []
 
 
+def test_devices_are_counted_before_an_env_is_made(
+    place: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+    """An env may put its physics on a device."""
+    made = []
+    monkeypatch.setattr(Tabletop, "__init__", lambda self, config: made.append(config))
+    sizes = ("--config.simulation.envs_per_group=16", "--config.serving.max_batch=16")
+    code, _, err = _main(_DEBUG, "--config.meshes.layout=colocated=16", *sizes)
+    assert code == 2 and "needs 16 devices, 8 present" in err
+    assert made == []
+
+
+@pytest.mark.parametrize("job", ["train", "evaluate"])
+def test_a_checkpoint_of_another_tokenizer_is_refused(place: pathlib.Path, job: str):
+    path = place / "run" / "checkpoints"
+    checkpointer = Checkpointer(path, keep=2, identity={"tokenizer": "words-7"})
+    checkpointer.save(1, {"w": np.zeros(3, np.float32)}, {"segments": {}})
+    checkpointer.close()
+    code, _, err = _main(_DEBUG, "--workdir=run", f"--job={job}")
+    assert code == 2 and err.count("\n") == 1
+    assert "another tokenizer: 'words-7' in it, 'byte-260' now. Fix: " in err
+
+
 @pytest.mark.parametrize("job", ["train", "evaluate"])
 def test_a_checkpoint_of_other_settings_is_refused_before_anything_is_written(
     place: pathlib.Path, job: str
@@ -267,6 +307,12 @@ def test_an_optimizer_that_trains_nothing_is_refused(place: pathlib.Path):
     code, _, err = _main(_DEBUG, "--config.optimizer.trainable=no_such_leaf")
     assert code == 2 and _listing(place) == []
     assert "config.optimizer.trainable = 'no_such_leaf': matches no parameter" in err
+
+
+def test_an_encoder_that_is_trained_cannot_be_run_once_per_update(place: pathlib.Path):
+    code, _, err = _main(_DEBUG, "--config.learning.encode_once=True")
+    assert code == 2 and _listing(place) == []
+    assert "config.learning.encode_once = True: the encoder must be frozen" in err
 
 
 def test_settings_of_every_kind_can_be_overridden():

@@ -12,6 +12,7 @@ import pytest
 from jaxvla import main
 from jaxvla.config import ConfigError, ExperimentConfig, field_names, to_dict
 from jaxvla.envs import ENVS
+from jaxvla.envs.libero_host import LiberoHostConfig
 from jaxvla.envs.tabletop import Tabletop
 from jaxvla.registry import Registry
 from jaxvla.runtime.build import draw_blueprint
@@ -84,6 +85,20 @@ _REFUSED = [
     {"env__name": "nowhere"},
     {"env__tasks": ()},
     {"env__image_size": 8},
+    {"env__tasks": ("reach", "reach")},
+    {"env__tasks": ("lift", "reach", "lift")},
+    {"telemetry__writers": ("wandb", "wandb")},
+    {"model__value_widths": (0,)},
+    {"model__value_widths": (-1,)},
+    {"model__value_widths": (16, 0, 8)},
+    {"model__value_widths": (2**31,)},
+    {"model__vision_depth": 0},
+    {"model__state_dim": -2},
+    {"model__vision_heads": 3},
+    {"model__num_kv_heads": 3},
+    {"model__head_dim": 15},
+    {"model__expert_width": 31},
+    {"model__log_prob_steps": 9},
     {"algorithm__discount": 1.5},
     {"algorithm__num_minibatches": 3},
     {"algorithm__name": "PPO"},
@@ -158,6 +173,18 @@ def test_the_debug_config_as_changed_by_tests_is_valid_otherwise():
     validate(_debug(optimizer__learning_rate=1))  # an integer is a number
     validate(_debug(env__name="package.module:Env"))
     validate(_debug(seed=2**32 - 1))
+    validate(_debug(model__value_widths=()))
+
+
+@pytest.mark.parametrize(("ids", "is_fine"), [((), True), ((3, 0), True), ((0, 3, 0), False)])
+def test_a_libero_task_is_named_once(ids: tuple[int, ...], is_fine: bool):
+    """Known without LIBERO; empty means all tasks of the suite."""
+    config = _debug(env=LiberoHostConfig(task_ids=ids))
+    if is_fine:
+        validate(config)
+        return
+    with pytest.raises(ConfigError, match=r"config\.env\.task_ids = \(0, 3, 0\): .*'\(0, 3\)'$"):
+        validate(config)
 
 
 def test_devices_are_counted():
@@ -174,7 +201,7 @@ _TRIED: dict[type, tuple[Any, ...]] = {
     int: (-2, -1, 0, 1, 2, 3, 7, 8, 12, 16, 2**31, 10**12, 1.5, True, "3", None),
     float: (-1.0, 0.0, 1e-9, 0.5, 1.0, 20.0, 1e9, 1e300, float("nan"), float("inf"), True, "x"),
     str: ("", "x", "a/b", "(", "bfloat16", "cps", "colocated=2", "two words", "\n", 3, None),
-    tuple: ((), (1,), (-1,), (8, 16), (16, 8), ("x",), ("reach",), (1.5,), [8], None),
+    tuple: ((), (1,), (0,), (-1,), (8, 16), (8, 8), ("x",), ("reach",) * 2, (1.5,), [8], None),
 }
 
 

@@ -15,11 +15,15 @@ class Algorithm(Protocol):
     """Turns trajectories into targets and targets into a loss."""
 
     def prepare(self, trajectory: Trajectory) -> TrainingBatch:
-        """Advantages and returns of [T, B] trajectories; runs outside the gradient."""
+        """Advantages and returns of [T, B] trajectories; runs outside the gradient.
+
+        Every number of a sample of weight 0 is finite: what is computed from it is thrown away,
+        but a gradient multiplies it by zero first.
+        """
         ...
 
     def loss(
         self, policy: TrainablePolicy, params: Params, batch: TrainingBatch
     ) -> tuple[jax.Array, Metrics]:
-        """Scalar loss of samples [N, ...], averaged over their weights, and metrics."""
+        """Scalar loss of encoded samples [N, ...], averaged over their weights, and metrics."""
         ...

@@ -50,21 +50,21 @@ def weighted_mean(x: Float[Array, "*shape"], weight: Float[Array, "*shape"]) -> 
     return weighted.sum() / jnp.where(total > 0.0, total, 1.0)
 
 
-def blank_unused(tree: Tree, weight: Float[Array, " N"]) -> Tree:
+def blank_unused(tree: Tree, weight: Float[Array, "*shape"]) -> Tree:
     """Zeros in place of the numbers of samples of weight 0, for use before a gradient.
 
     Ignoring them in the loss is not enough: the gradient multiplies the zero that comes back
     by whatever the forward pass met, and 0 * NaN = NaN.
 
     Args:
-      tree: pytree of arrays [N, ...]. Leaves that are not floating-point are returned as given.
+      tree: pytree of arrays [*shape, ...]. Leaves that are not floating-point stay as they are.
       weight: of the samples.
     """
 
     def blank(x: jax.Array) -> jax.Array:
         if not jnp.issubdtype(x.dtype, jnp.floating):
             return x
-        is_used = (weight > 0.0).reshape(-1, *(1,) * (x.ndim - 1))
+        is_used = (weight > 0.0).reshape(*weight.shape, *(1,) * (x.ndim - weight.ndim))
         return jnp.where(is_used, x, jnp.zeros((), x.dtype))
 
     return jax.tree.map(blank, tree)

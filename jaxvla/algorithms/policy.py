@@ -4,14 +4,14 @@ from typing import Any, Protocol
 
 import jax
 
-from jaxvla.types import Observation, Params
+from jaxvla.types import Params
 
 
 class TrainablePolicy(Protocol):
     """Scores samples; implemented by every model."""
 
     def evaluate(
-        self, params: Params, observation: Observation, trace: Any
+        self, params: Params, encoding: Any, trace: Any
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(log_prob, entropy, value), each float32 [N]."""
         ...

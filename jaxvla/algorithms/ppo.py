@@ -86,7 +86,7 @@ class PPO:
         weight = trajectory.valid.astype(jnp.float32)
         if self.config.standardize_advantages:
             advantage = returns.standardize(advantage, weight)
-        return TrainingBatch(
+        batch = TrainingBatch(
             observation=trajectory.observation,
             trace=trajectory.trace,
             behavior_log_prob=trajectory.behavior_log_prob,
@@ -95,13 +95,13 @@ class PPO:
             return_=return_,
             weight=weight,
         )
+        return losses.blank_unused(batch, weight)
 
     def loss(
         self, policy: TrainablePolicy, params: Params, batch: TrainingBatch
     ) -> tuple[jax.Array, Metrics]:
         """Clipped surrogate + value loss - entropy bonus; see `Algorithm.loss`."""
         config = self.config
-        batch = losses.blank_unused(batch, batch.weight)
         log_prob, entropy, value = policy.evaluate(params, batch.observation, batch.trace)
         log_ratio = jnp.where(batch.weight > 0.0, log_prob - batch.behavior_log_prob, 0.0)
         ratio = jnp.exp(log_ratio)

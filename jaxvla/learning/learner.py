@@ -7,7 +7,7 @@ unblocked by  simulators' puts, close of the queue
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,7 +129,9 @@ class Learner:
         if items is None:
             return None
         with self._meter.busy("train"):
-            batch = self._functions.prepare([self._functions.place(x.payload) for x in items])
+            batch = self._functions.prepare(
+                self.state.params, [self._functions.place(x.payload) for x in items]
+            )
             steps = []
             for epoch in range(self._algorithm.num_epochs):
                 key = rng.stream(self._key, "order", self.progress.version, epoch)
@@ -143,7 +145,7 @@ class Learner:
 
     def _streamed(self) -> dict[str, Any] | None:
         """One optimizer step from gradients accumulated as trajectories arrive."""
-        total, steps = None, []
+        total, parts, weights = None, [], []
         for _ in range(self._learning.trajectories_per_update):
             items = self._take(1)
             if items is None:
@@ -151,11 +153,13 @@ class Learner:
             with self._meter.busy("train"):
                 payload = self._functions.place(items[0].payload)
                 part, metrics = self._functions.gradient(self.state.params, payload)
+                parts.append(metrics)
+                weights.append(jnp.copy(part.weight))  # the sum it goes into is donated
                 total = part if total is None else self._functions.accumulate(total, part)
-                steps.append(metrics)
         with self._meter.busy("train"):
             self.state, norm = self._functions.apply(self.state, total)
-            return _average(jax.device_get(steps)) | {"grad_norm": float(norm)}
+            metrics = _average(jax.device_get(parts), jax.device_get(weights))
+            return metrics | {"grad_norm": float(norm)}
 
     def _take(self, count: int) -> list[QueueItem] | None:
         with self._meter.waiting("trajectories"):
@@ -206,13 +210,22 @@ class Learner:
             )
 
 
-def _average(steps: list[dict[str, Any]]) -> dict[str, float]:
-    """Mean over the optimizer steps of an update; "max" metrics keep their largest value.
+def _average(
+    parts: list[dict[str, Any]], weights: Sequence[float] | None = None
+) -> dict[str, float]:
+    """Mean of metrics over the parts of an update; "max" metrics keep their largest value.
+
+    Args:
+      parts: metrics of optimizer steps, which count alike, or of the parts of one step's batch.
+      weights: of the samples in each part, added up: then the result is that of the whole
+        batch. Parts of weight 0 are not read, and without any other the mean is 0.
 
     A non-finite gradient norm of any step stays visible.
     """
+    weight = np.asarray([1.0] * len(parts) if weights is None else weights, np.float64)
     result = {}
-    for name in steps[0]:
-        values = np.asarray([step[name] for step in steps], np.float64)
-        result[name] = float(values.max() if name.endswith("/max") else values.mean())
+    for name in parts[0]:
+        values = np.where(weight > 0.0, [part[name] for part in parts], 0.0)
+        mean = weight @ values / (weight.sum() or 1.0)
+        result[name] = float(values.max() if name.endswith("/max") else mean)
     return result

@@ -45,6 +45,7 @@ class TrainFunctions:
         mesh: Mesh,
         shardings: TrainState,
         num_minibatches: int,
+        encode_once: bool,
     ):
         """Args:
         policy, algorithm, optimizer: what is trained, for what, and how.
@@ -52,12 +53,14 @@ class TrainFunctions:
         mesh: learning mesh.
         shardings: placement of the train state.
         num_minibatches: optimizer steps per epoch.
+        encode_once: `prepare` encodes the observations, not every step anew.
         """
         self._policy = policy
         self._algorithm = algorithm
         self._optimizer = optimizer
         self._trainable = trainable
         self._num_minibatches = num_minibatches
+        self._encode_once = encode_once
         self.columns = sharding.batch_sharding(mesh, axis=1)
         """Placement of [T, B] trajectories."""
         self.rows = sharding.batch_sharding(mesh)
@@ -78,10 +81,14 @@ class TrainFunctions:
         """Moves a trajectory onto the learning mesh."""
         return jax.device_put(trajectory, self.columns)
 
-    def _prepare(self, trajectories: Sequence[Trajectory]) -> TrainingBatch:
+    def _prepare(self, params: Params, trajectories: Sequence[Trajectory]) -> TrainingBatch:
         """Joins trajectories along their env axis and computes targets, [T, P*E, ...]."""
         joined = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *trajectories)
-        return self._algorithm.prepare(joined)
+        batch = self._algorithm.prepare(joined)
+        if not self._encode_once:
+            return batch
+        encode = jax.vmap(self._policy.encode, in_axes=(None, 0))
+        return batch.replace(observation=encode(params, batch.observation))
 
     def _draw(self, key: jax.Array, shape: tuple[int, int]) -> jax.Array:
         """int32 [T, B]: for every env column its own permutation of the time steps."""
@@ -99,10 +106,16 @@ class TrainFunctions:
 
         return jax.tree.map(take, batch)
 
-    def _loss_and_grad(self, params: Params, batch: TrainingBatch) -> tuple[Params, Metrics]:
+    def _loss_and_grad(
+        self, params: Params, batch: TrainingBatch, is_encoded: bool
+    ) -> tuple[Params, Metrics]:
         def loss(params: Params) -> tuple[jax.Array, Metrics]:
             params = freeze(params, self._trainable)
-            return self._algorithm.loss(self._policy, params, batch)
+            samples = batch
+            if not is_encoded:
+                encoding = self._policy.encode(params, batch.observation)
+                samples = batch.replace(observation=encoding)
+            return self._algorithm.loss(self._policy, params, samples)
 
         (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return grads, metrics
@@ -111,7 +124,8 @@ class TrainFunctions:
         self, state: TrainState, batch: TrainingBatch, order: jax.Array, index: jax.Array
     ) -> tuple[TrainState, Metrics]:
         """One optimizer step on minibatch `index` of an epoch with sample order `order`."""
-        grads, metrics = self._loss_and_grad(state.params, self._minibatch(batch, order, index))
+        minibatch = self._minibatch(batch, order, index)
+        grads, metrics = self._loss_and_grad(state.params, minibatch, self._encode_once)
         state, norm = self._apply(state, grads)
         return state, metrics | {"grad_norm": norm}
 
@@ -123,7 +137,7 @@ class TrainFunctions:
         """Gradient of one trajectory's loss, for accumulation."""
         batch = self._algorithm.prepare(trajectory)
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
-        grads, metrics = self._loss_and_grad(params, flat)
+        grads, metrics = self._loss_and_grad(params, flat, is_encoded=False)
         weight = flat.weight.sum()
         total = jax.tree.map(lambda g: weight * g, grads)
         return GradientSum(grads=total, weight=weight), metrics

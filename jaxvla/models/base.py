@@ -86,12 +86,26 @@ class Policy(Protocol):
         """
         ...
 
+    @property
+    def encoder(self) -> str:
+        """Regular expression over parameter paths: `encode` reads the leaves that match."""
+        ...
+
+    def encode(self, params: Params, observation: Observation) -> Any:
+        """What `evaluate` needs of the observations: a pytree of arrays [B, ...]."""
+        ...
+
     def evaluate(
-        self, params: Params, observation: Observation, trace: Any
+        self, params: Params, encoding: Any, trace: Any
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """log_prob, entropy and value, each float32 [B], of explored samples.
 
         At the weights that made the trace, log_prob equals the sampled one to rounding.
+
+        Args:
+          params: parameters.
+          encoding: of the observations, from `encode` at the same weights of the encoder.
+          trace: of the samples.
         """
         ...
 

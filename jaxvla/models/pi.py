@@ -32,6 +32,16 @@ from jaxvla.types import Observation, Params, PolicySample, SupervisedBatch
 __all__ = ["PiConfig", "PiPolicy"]
 
 
+@flax.struct.dataclass(kw_only=True)
+class Encoding:
+    """What the action expert and the critic read of an observation; leading axis B."""
+
+    prefix: Prefix
+    """With keys and values as [B, L, S, K, head_dim]."""
+    state: jax.Array
+    """float32 [B, state_dim], normalised."""
+
+
 class PiPolicy:
     """A pi model with its normalisation. Methods are pure functions of `params`.
 
@@ -45,7 +55,7 @@ class PiPolicy:
         Raises:
           ConfigError: the config is not resolved, or does not fit the statistics.
         """
-        config.validate()
+        config.validate_resolved()
         for name, size, fits in (
             ("state_dim", normalizer.state_dim, config.state_dim >= normalizer.state_dim),
             ("action_dim", normalizer.action_dim, config.action_dim >= normalizer.action_dim),
@@ -119,14 +129,23 @@ class PiPolicy:
             value=self.value(params, prefix, state),
         )
 
+    @property
+    def encoder(self) -> str:
+        """See `Policy.encoder`: vision, and the language model without the action expert."""
+        return r"^PaliGemma/(?!llm/.*_1/)"
+
+    def encode(self, params: Params, observation: Observation) -> "Encoding":
+        """See `Policy.encode`."""
+        prefix = self.prefix(params, observation)
+        return Encoding(prefix=_swap_axes(prefix), state=self._model_state(observation))
+
     def evaluate(
-        self, params: Params, observation: Observation, trace: flow.FlowTrace
+        self, params: Params, encoding: "Encoding", trace: flow.FlowTrace
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """log_prob, entropy and value, each float32 [B], see `Policy.evaluate`."""
-        prefix = self.prefix(params, observation)
-        state = self._model_state(observation)
-        log_prob, entropy = self.log_prob(params, prefix, state, trace)
-        return log_prob, entropy, self.value(params, prefix, state)
+        prefix = _swap_axes(encoding.prefix)
+        log_prob, entropy = self.log_prob(params, prefix, encoding.state, trace)
+        return log_prob, entropy, self.value(params, prefix, encoding.state)
 
     def values(self, params: Params, observation: Observation) -> jax.Array:
         """Critic alone, float32 [B]."""
@@ -423,6 +442,13 @@ def _value_leaves(config: PiConfig) -> dict[str, Leaf]:
         table |= dense_leaves(f"value_head/Dense_{index}", width, hidden, gain=2.0**0.5)
         width = hidden
     return table | dense_leaves("value_head/out", width, 1, gain=0.02 * width**0.5)
+
+
+def _swap_axes(prefix: Prefix) -> Prefix:
+    """Exchanges the layer and the batch axis of the cache."""
+    return prefix.replace(
+        keys=jnp.swapaxes(prefix.keys, 0, 1), values=jnp.swapaxes(prefix.values, 0, 1)
+    )
 
 
 def _pad_last(x: jax.Array, size: int) -> jax.Array:

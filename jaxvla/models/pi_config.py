@@ -1,9 +1,10 @@
 """Configuration of the pi family: sizes, behaviour, presets."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
-from jaxvla.config import ConfigError, ModelConfig
+from jaxvla.config import ConfigError, ModelConfig, override
 from jaxvla.models import gemma, siglip
 from jaxvla.models.tokenizer import Tokenizer, encode_prompt
 from jaxvla.types import EnvSpec
@@ -50,7 +51,7 @@ class PiConfig(ModelConfig):
     vocab_size: int
     """Rows of the token table, at least the tokenizer's."""
     value_widths: tuple[int, ...]
-    """Hidden widths of the value head."""
+    """Hidden widths of the value head; empty: it is linear."""
     image_size: int = -1
     """Pixels of the square images; -1: the env's."""
     num_cameras: int = -1
@@ -123,35 +124,59 @@ class PiConfig(ModelConfig):
         return resolved
 
     def validate(self) -> None:
-        """Checks a resolved config.
+        """Checks what holds for any env. Sizes that the env gives may still be -1.
 
         Raises:
-          ConfigError: a size is missing, or two settings exclude each other.
+          ConfigError: a setting cannot work, or two exclude each other.
         """
-        for field in dataclasses.fields(self):
-            if field.type is int:
-                fits = getattr(self, field.name) >= 1
-                require(self, field.name, fits, "must be >= 1", "set it, or resolve the config")
+        self._validate_positive()
+        self._validate_pairs()
         for name, choices in _CHOICES.items():
             known = ", ".join(choices)
             require(self, name, getattr(self, name) in choices, f"known: {known}", "choose one")
+        fits = self.grounding_coef >= 0.0
+        require(self, "grounding_coef", fits, "must be >= 0", "set 0")
+        self._validate_exploration()
+
+    def validate_resolved(self) -> None:
+        """Checks a config that a model is to be made from.
+
+        Raises:
+          ConfigError: as `validate`, or a size is missing.
+        """
+        self.validate()
+        for field in dataclasses.fields(self):
+            is_missing = field.type is int and getattr(self, field.name) == -1
+            require(self, field.name, not is_missing, "is not filled in", "resolve the config")
+
+    def _validate_positive(self) -> None:
+        for field in dataclasses.fields(self):
+            if field.type is int:
+                size, least = getattr(self, field.name), -1 if field.default == -1 else 1
+                fix = override(f"model.{field.name}", least)
+                require(self, field.name, size >= 1 or size == least, "must be >= 1", fix)
+        possible = tuple(width for width in self.value_widths if 1 <= width < 2**31)
+        fits, fix = possible == self.value_widths, override("model.value_widths", possible)
+        require(self, "value_widths", fits, "each must be in [1, 2**31)", fix)
+
+    def _validate_pairs(self) -> None:
+        """Sizes that must divide or not exceed another one, where that is known already."""
         for name, total in (
             ("patch_size", "image_size"),
             ("vision_heads", "vision_width"),
             ("num_kv_heads", "num_heads"),
         ):
-            size = getattr(self, total)
-            fits = size % getattr(self, name) == 0
-            require(self, name, fits, f"must divide model.{total} = {size}", "change one of them")
+            size, whole = getattr(self, name), getattr(self, total)
+            fits, fix = whole == -1 or whole % size == 0, math.gcd(size, whole)
+            allowed = f"must divide model.{total} = {whole}"
+            require(self, name, fits, allowed, override(f"model.{name}", fix))
         for name in ("head_dim", "expert_width"):
-            require(self, name, getattr(self, name) % 2 == 0, "must be even", "add 1")
+            size = getattr(self, name)
+            require(self, name, size % 2 == 0, "must be even", override(f"model.{name}", size + 1))
         for name, total in (("log_prob_steps", "action_horizon"), ("log_prob_dims", "action_dim")):
-            size = getattr(self, total)
-            fits = getattr(self, name) <= size
-            require(self, name, fits, f"must be <= model.{total} = {size}", "lower it")
-        fits = self.grounding_coef >= 0.0
-        require(self, "grounding_coef", fits, "must be >= 0", "set 0")
-        self._validate_exploration()
+            size, whole = getattr(self, name), getattr(self, total)
+            fits, fix = whole == -1 or size <= whole, override(f"model.{name}", whole)
+            require(self, name, fits, f"must be <= model.{total} = {whole}", fix)
 
     def _validate_exploration(self) -> None:
         require(self, "noise_level", self.noise_level > 0.0, "must be > 0", "try 0.5")

@@ -1,10 +1,13 @@
 """From a config to the parts of a run: env, policy, meshes, compiled functions.
 
-Nothing here starts a thread. `Blueprint` touches no device; `Parts` does.
+Nothing here starts a thread. `Blueprint` places nothing on devices but what an env plug-in
+keeps there; `Parts` does.
 """
 
 import dataclasses
 import functools
+import pathlib
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +18,8 @@ from jax.sharding import Mesh
 
 from jaxvla import rng, sharding
 from jaxvla.algorithms import ALGORITHMS
-from jaxvla.config import ExperimentConfig, OptimizerConfig
+from jaxvla.checkpoint import Checkpointer
+from jaxvla.config import ConfigError, ExperimentConfig, OptimizerConfig, override
 from jaxvla.data.normalization import NormStats
 from jaxvla.envs import ENVS
 from jaxvla.layout import Layout, parse_layout
@@ -23,7 +27,7 @@ from jaxvla.learning.optimizer import make_optimizer
 from jaxvla.learning.train_state import TrainState, init_state, state_shardings
 from jaxvla.learning.train_step import TrainFunctions
 from jaxvla.models import MODELS
-from jaxvla.models.tokenizer import ByteTokenizer, tokenize_prompt
+from jaxvla.models.tokenizer import ByteTokenizer, Tokenizer, tokenize_prompt
 from jaxvla.serving.sampling import Sampler
 from jaxvla.simulation.unroll import TokenTable
 from jaxvla.types import EnvSpec, Observation, Params, stand_in
@@ -38,6 +42,7 @@ class Blueprint:
     env: Any
     policy: Any
     layout: Layout
+    tokenizer: Tokenizer
     table: TokenTable
     """numpy arrays."""
 
@@ -64,7 +69,15 @@ class Blueprint:
 
     def params_struct(self) -> Params:
         """Shapes and dtypes of the parameters."""
-        return jax.eval_shape(self.policy.init, rng.root_key(0))
+        return jax.eval_shape(lambda: self.policy.init(rng.root_key(0)))
+
+    def checkpointer(self, workdir: pathlib.Path) -> Checkpointer:
+        """Of the run in a work directory. Token ids of another tokenizer mean other words."""
+        return Checkpointer(
+            workdir / "checkpoints",
+            keep=self.config.checkpoint.keep,
+            identity={"tokenizer": self.tokenizer.fingerprint},
+        )
 
 
 def draw_blueprint(config: ExperimentConfig) -> Blueprint:
@@ -87,16 +100,35 @@ def draw_blueprint(config: ExperimentConfig) -> Blueprint:
         np.asarray(spec.state_low), np.asarray(spec.state_high), spec.action_dim
     )
     prompts = [tokenize_prompt(tokenizer, text, model.max_tokens) for text in spec.instructions]
-    return Blueprint(
+    blueprint = Blueprint(
         config=config,
         env=env,
         policy=MODELS.get(model.name)(model, stats),
         layout=parse_layout(config.meshes.layout),
+        tokenizer=tokenizer,
         table=TokenTable(
             tokens=stand_in(np.stack([ids for ids, _ in prompts])),
             mask=stand_in(np.stack([mask for _, mask in prompts])),
         ),
     )
+    _require_frozen_encoder(blueprint)
+    return blueprint
+
+
+def _require_frozen_encoder(blueprint: Blueprint) -> None:
+    """Encodings can only be kept over optimizer steps that do not change the encoder."""
+    config, encoder = blueprint.config, blueprint.policy.encoder
+    if not config.learning.encode_once:
+        return
+    for path, _ in jax.tree_util.tree_leaves_with_path(blueprint.params_struct()):
+        name = sharding.path_name(path)
+        if re.search(encoder, name) and re.search(config.optimizer.trainable, name):
+            raise ConfigError(
+                "learning.encode_once",
+                True,
+                f"the encoder must be frozen, and optimizer.trainable matches {name}",
+                override("learning.encode_once", False),
+            )
 
 
 def _resolve_serving(config: ExperimentConfig) -> Any:
@@ -178,6 +210,7 @@ class Parts:
             mesh=mesh,
             shardings=placed,
             num_minibatches=self.config.algorithm.num_minibatches,
+            encode_once=self.config.learning.encode_once,
         )
         return Training(functions=functions, optimizer=optimizer, struct=struct, placed=placed)
 

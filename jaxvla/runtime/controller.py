@@ -12,14 +12,14 @@ import functools
 import logging
 import pathlib
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 
 from jaxvla import rng
-from jaxvla.checkpoint import Checkpointer, Restored
+from jaxvla.checkpoint import Restored
 from jaxvla.config import to_dict
 from jaxvla.data.demonstrations import num_samples, shuffled_batches
 from jaxvla.evaluation.evaluator import Evaluator
@@ -79,7 +79,7 @@ class Controller:
         self._telemetry = Telemetry(
             workdir=workdir, screen=screen, is_tracing=self.config.telemetry.trace
         )
-        self._checkpointer = Checkpointer(workdir / "checkpoints", keep=self.config.checkpoint.keep)
+        self._checkpointer = blueprint.checkpointer(workdir)
         self._groups = Groups(
             self._parts, log_dir=workdir / "logs", recorder=self._telemetry.recorder
         )
@@ -113,6 +113,7 @@ class Controller:
                 self._checkpointer.close()
 
     def _run(self, restored: Restored | None) -> int:
+        """The run itself; its books are closed whatever happens."""
         outcome, detail, code = "finished", "", EXIT_FINISHED
         learner = None
         try:
@@ -133,10 +134,12 @@ class Controller:
         except ProgramFailedError as error:
             outcome, detail, code = _failure(error)
             self._screen.message(f"error: {detail}")
-        if learner is not None:
-            if code in (EXIT_FINISHED, EXIT_STOPPED):
-                self._save(learner)
-            self._close_books(outcome, detail)
+        except Exception as error:  # not a program's: the caller's to show
+            self._close_books("failed", f"{type(error).__name__}: {error}")
+            raise
+        if learner is not None and code in (EXIT_FINISHED, EXIT_STOPPED):
+            self._save(learner)
+        self._close_books(outcome, detail)
         return code
 
     def _credit_rule(self) -> CreditRule:
@@ -232,8 +235,7 @@ class Controller:
         if trained is None:
             raise StoppedError
         state, metrics = trained
-        terms = ", ".join(f"{name} {float(value):.3f}" for name, value in metrics.items())
-        self._screen.message(f"  {terms}")
+        self._screen.message(f"  {_losses_first(metrics)}")
         return state.params
 
     # ------------------------------------------------------------------- the programs
@@ -383,12 +385,18 @@ class Controller:
             max_staleness=self._telemetry.max_staleness,
             staleness_bound=self._bound,
             workdir=self._workdir,
-            next_command=self._command + ("" if outcome == "stopped" else " --job=evaluate"),
+            next_command=self._command + (" --job=evaluate" if outcome == "finished" else ""),
         )
         self._telemetry.write_summary(
             outcome=outcome, summary=summary, ledger=ledger, detail=detail
         )
         self._screen.final_summary(summary)
+
+
+def _losses_first(metrics: Mapping[str, Any]) -> str:
+    """One line. JAX sorts the names of what a jitted function returns."""
+    names = sorted(metrics, key=lambda name: (not name.startswith("loss/"), name))
+    return ", ".join(f"{name} {float(metrics[name]):.3f}" for name in names)
 
 
 def _failure(error: ProgramFailedError) -> tuple[str, str, int]:

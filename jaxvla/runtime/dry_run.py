@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxvla import rng
 from jaxvla.algorithms import ALGORITHMS
 from jaxvla.config import to_dict
-from jaxvla.learning.optimizer import make_optimizer
+from jaxvla.learning.optimizer import freeze, make_optimizer
 from jaxvla.learning.train_state import init_state
 from jaxvla.runtime.build import Blueprint, Parts
 from jaxvla.sharding import params_shardings, path_name
@@ -63,6 +63,10 @@ def _memory_lines(blueprint: Blueprint) -> Iterator[str]:
     rows = _minibatch_rows(blueprint)
     saved = _activation_bytes(blueprint, rows) / mesh.size
     yield f"  activations     {saved / _MIB:.1f} MiB per learning device ({rows} samples)"
+    if blueprint.config.learning.encode_once:
+        samples = rows * blueprint.config.algorithm.num_minibatches
+        kept = _encoding_bytes(blueprint, samples) / mesh.size
+        yield f"  encodings       {kept / _MIB:.1f} MiB per learning device ({samples} samples)"
 
 
 def _mib(tree: Any, placed: Any) -> str:
@@ -84,7 +88,8 @@ def _minibatch_rows(blueprint: Blueprint) -> int:
 
 
 def _activation_bytes(blueprint: Blueprint, rows: int) -> int:
-    """Bytes that the forward pass of one minibatch keeps for its backward pass."""
+    """Bytes that the forward pass of one minibatch keeps for its backward pass, its encoding
+    included."""
     config, policy = blueprint.config, blueprint.policy
     algorithm = ALGORITHMS.get(config.algorithm.name)(config.algorithm)
     params, observation = blueprint.params_struct(), blueprint.observation_struct(rows)
@@ -102,10 +107,25 @@ def _activation_bytes(blueprint: Blueprint, rows: int) -> int:
     )
 
     def residuals(params: Any, batch: TrainingBatch) -> Any:
-        return jax.vjp(lambda p: algorithm.loss(policy, p, batch)[0], params)[1]
+        def loss(params: Any) -> jax.Array:
+            params = freeze(params, config.optimizer.trainable)
+            encoding = policy.encode(params, batch.observation)
+            return algorithm.loss(policy, params, batch.replace(observation=encoding))[0]
 
-    saved = jax.eval_shape(residuals, params, batch)
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(saved))
+        return jax.vjp(loss, params)[1]
+
+    return _nbytes(jax.eval_shape(residuals, params, batch))
+
+
+def _encoding_bytes(blueprint: Blueprint, rows: int) -> int:
+    """Bytes of the encodings that a whole update keeps."""
+    observation = blueprint.observation_struct(rows)
+    encode = blueprint.policy.encode
+    return _nbytes(jax.eval_shape(encode, blueprint.params_struct(), observation))
+
+
+def _nbytes(tree: Any) -> int:
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _batch_lines(blueprint: Blueprint) -> Iterator[str]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from jaxvla.checkpoint import Checkpointer
+from jaxvla.checkpoint import Restored
 from jaxvla.evaluation.evaluator import Evaluator
 from jaxvla.runtime.build import Blueprint, Parts
 from jaxvla.runtime.groups import Groups
@@ -15,6 +15,33 @@ from jaxvla.telemetry.progress import Screen
 from jaxvla.telemetry.writers import write_json
 
 EXIT_FINISHED, EXIT_STOPPED = 0, 3
+
+EVALUATED = "state/params/"
+"""Paths of what an evaluation reads of a checkpoint. It needs neither the optimizer nor the env
+groups of the run, and so may have others."""
+
+
+def evaluated_target(parts: Parts) -> Any:
+    """What a checkpoint must hold to be evaluated: the parameters, placed as they are served."""
+    params = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        parts.blueprint.params_struct(),
+        parts.sampler.params_shardings,
+    )
+    return {"state": {"params": params}}
+
+
+def restore_evaluated(parts: Parts, workdir: pathlib.Path) -> Restored | None:
+    """The newest sound parameters of a work directory, None when it has no checkpoint.
+
+    Raises:
+      CheckpointMismatchError, CorruptCheckpointError: see `Checkpointer.restore`.
+    """
+    checkpointer = parts.blueprint.checkpointer(workdir)
+    try:
+        return checkpointer.restore(lambda _: evaluated_target(parts), within=EVALUATED)
+    finally:
+        checkpointer.close()
 
 
 def evaluate_checkpoint(
@@ -26,20 +53,12 @@ def evaluate_checkpoint(
     """Writes eval.json and videos; returns the exit code of the contract."""
     parts = Parts(blueprint)
     groups = Groups(parts, log_dir=workdir / "logs", recorder=MetricRecorder())
-    training = parts.training(blueprint.config.optimizer)
-
-    def target(record: dict[str, Any]) -> Any:
-        return {"state": training.target(), "groups": groups.targets(record["segments"])}
-
-    checkpointer = Checkpointer(workdir / "checkpoints", keep=blueprint.config.checkpoint.keep)
-    restored = checkpointer.restore(target)
-    checkpointer.close()
+    restored = restore_evaluated(parts, workdir)
     if restored is None:
         screen.message(f"{workdir} holds no complete checkpoint")
         return 1
     with screen.phase("compile"):
         parts.sampler.compile(blueprint.params_struct(), blueprint.observation_struct(1))
-    params = jax.device_put(restored.arrays["state"].params, parts.sampler.params_shardings)
     evaluator = Evaluator(
         config=blueprint.config.evaluation,
         sampler=parts.sampler,
@@ -47,7 +66,7 @@ def evaluate_checkpoint(
         should_stop=stop_requested.is_set,
     )
     with screen.phase(f"evaluate update {restored.step}"):
-        result = evaluator.evaluate(params, workdir / "videos")
+        result = evaluator.evaluate(restored.arrays["state"]["params"], workdir / "videos")
     if result is None:
         return EXIT_STOPPED
     write_json(workdir / "eval.json", {"update": restored.step, **result.record()})

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from jaxvla.algorithms import ALGORITHMS
-from jaxvla.checkpoint import Checkpointer, CorruptCheckpointError
+from jaxvla.checkpoint import CorruptCheckpointError
 from jaxvla.config import ConfigError, ExperimentConfig, UsageError, override, to_dict
 from jaxvla.envs import ENVS
 from jaxvla.envs.base import DeviceEnv, GroundedEnv
@@ -20,7 +20,7 @@ from jaxvla.models import MODELS
 from jaxvla.runtime.build import Blueprint, Parts, draw_blueprint
 from jaxvla.runtime.controller import Controller
 from jaxvla.runtime.dry_run import plan_lines
-from jaxvla.runtime.evaluate import evaluate_checkpoint
+from jaxvla.runtime.evaluate import EVALUATED, evaluate_checkpoint, evaluated_target
 from jaxvla.runtime.groups import Groups
 from jaxvla.runtime.signals import stop_on_signals
 from jaxvla.telemetry.metrics import MetricRecorder
@@ -61,19 +61,21 @@ def run(
     _check_plugins(config)
     if not is_dry_run:
         _check_workdir(workdir, job, may_resume)
+    # Before the env is made, which may put arrays on a device.
+    validate_devices(config, _num_devices())
     try:
         blueprint = draw_blueprint(config)
     except ConfigError:
         raise
     except ValueError as error:  # an optional package, or a library of it, is missing
         raise UsageError(f"config.env.name = {config.env.name!r}: {error}") from error
-    validate_devices(config, jax.device_count())
-    _check_learning(blueprint)
+    if job == "train":
+        _check_learning(blueprint)
     if is_dry_run:
         for line in plan_lines(blueprint):
             sys.stdout.write(line + "\n")
         return EXIT_FINISHED
-    _check_checkpoint(blueprint, workdir)
+    _check_checkpoint(blueprint, workdir, job)
     _configure_jax(config)
     try:
         return _run(blueprint, job, workdir, command)
@@ -121,6 +123,14 @@ def _check_plugins(config: ExperimentConfig) -> None:
         raise ConfigError("telemetry.writers", writers, str(error), fix) from error
 
 
+def _num_devices() -> int:
+    """Devices present. To count them, JAX starts its backend."""
+    try:
+        return jax.device_count()
+    except RuntimeError as error:
+        raise UsageError(f"JAX has no devices: {error}. Fix: JAX_PLATFORMS=cpu") from error
+
+
 def _check_learning(blueprint: Blueprint) -> None:
     """Refuses what only the parameters' names and the kind of env show."""
     config = blueprint.config
@@ -153,19 +163,21 @@ def _check_grounding(blueprint: Blueprint) -> None:
         )
 
 
-def _check_checkpoint(blueprint: Blueprint, workdir: pathlib.Path) -> None:
-    """Refuses settings that do not fit the checkpoint to continue, before anything compiles."""
-    config = blueprint.config
-    checkpointer = Checkpointer(workdir / "checkpoints", keep=config.checkpoint.keep)
+def _check_checkpoint(blueprint: Blueprint, workdir: pathlib.Path, job: str) -> None:
+    """Refuses settings that do not fit the checkpoint to use, before anything compiles."""
     parts = Parts(blueprint)
-    groups = Groups(parts, log_dir=workdir / "logs", recorder=MetricRecorder())
-    training = parts.training(config.optimizer)
 
     def target(record: dict[str, Any]) -> Any:
+        groups = Groups(parts, log_dir=workdir / "logs", recorder=MetricRecorder())
+        training = parts.training(blueprint.config.optimizer)
         return {"state": training.target(), "groups": groups.targets(record["segments"])}
 
+    checkpointer = blueprint.checkpointer(workdir)
     try:
-        checkpointer.check(target)
+        if job == "evaluate":
+            checkpointer.check(lambda _: evaluated_target(parts), within=EVALUATED)
+        else:
+            checkpointer.check(target)
     finally:
         checkpointer.close()
 

@@ -49,13 +49,13 @@ class LocalRuntime:
           grace_s: seconds that threads get to end once told to stop.
 
         Raises:
-          ProgramFailedError: one failed; all others were stopped.
+          ProgramFailedError: one failed, or could not be started; all others were stopped.
         """
         running = [ProgramThreads(x, meters[x.role], self._notify) for x in programs]
         main_threads = next(x for x in running if x.program is main)
-        for threads in running:
-            threads.start()
-        self._wait(main_threads)
+        if all(self._start(threads) for threads in running):
+            self._wait(main_threads)
+        # Programs that were never started are stopped too: others may wait for what that closes.
         reason = self._reason()
         for threads in reversed(running):
             threads.program.stop(reason)
@@ -66,6 +66,17 @@ class LocalRuntime:
         failed = self._failed
         if failed is not None and failed.error is not None:
             raise ProgramFailedError(failed.program.role, failed.error) from failed.error
+
+    def _start(self, threads: ProgramThreads) -> bool:
+        """False when the program cannot be started, whatever it raises; it has failed then."""
+        try:
+            threads.start()
+        except Exception as error:
+            _LOG.exception("%s could not be started", threads.program.role)
+            threads.error, threads.state = error, ProgramState.FAILED
+            self._notify(threads)
+            return False
+        return True
 
     def _notify(self, ended: ProgramThreads | None) -> None:
         with self._changed:

@@ -23,8 +23,12 @@ class LogProbCheck:
     def __init__(self, parts: Parts):
         self._parts = parts
         rows = sharding.batch_sharding(parts.meshes["learning"])
-        evaluate = parts.blueprint.policy.evaluate
-        self._log_prob = jax.jit(lambda p, obs, trace: evaluate(p, obs, trace)[0])
+        policy = parts.blueprint.policy
+
+        def log_prob(params: Params, observation: Observation, trace: Any) -> jax.Array:
+            return policy.evaluate(params, policy.encode(params, observation), trace)[0]
+
+        self._log_prob = jax.jit(log_prob)
         self._rows = rows
         self._num_rows = parts.sampler.buckets[0]
 

@@ -32,6 +32,7 @@ class Telemetry:
         self.meters = {role: ActivityMeter(role, tracer=self.tracer) for role in ROLES}
         self.last_record: Record = {}
         self.max_staleness = 0
+        self._update = 0
         self._writers: list[MetricWriter] = []
         self._start_s = time.monotonic()
         self._earlier_s = 0.0
@@ -46,6 +47,7 @@ class Telemetry:
     @contextlib.contextmanager
     def open(self, run: RunInfo, extra_writers: tuple[str, ...]) -> Iterator[None]:
         """Opens logs and metric writers while the block runs."""
+        self._update = run.resume_update or 0
         with contextlib.ExitStack() as stack:
             for role in (*ROLES, "runtime", "checkpoint", "evaluation"):
                 stack.enter_context(program_log(self.workdir, role))
@@ -101,7 +103,7 @@ class Telemetry:
         record = self.recorder.flush(update=version, time_s=self.time_s, extra=extra)
         for writer in self._writers:
             writer.write(record)
-        self.last_record = record
+        self.last_record, self._update = record, version
         self.screen.update(record)
 
     def activities(self) -> dict[str, Activity]:
@@ -132,7 +134,7 @@ class Telemetry:
             {
                 "outcome": outcome,
                 "detail": detail,
-                "update": self.last_record.get("update"),
+                "update": self._update,
                 "time_s": self.time_s,
                 "env_steps_per_s": summary.env_steps_per_s,
                 "max_staleness": summary.max_staleness,

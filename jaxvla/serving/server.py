@@ -76,6 +76,7 @@ class PolicyServer:
                 with self._meter.waiting("requests"):
                     batch = self._batcher.next_batch()
                 if batch is not None:
+                    self._swap_weights()  # published before the batch was due: no later than it
                     self._serve(batch)
 
     def stop(self, reason: str) -> None:
@@ -95,24 +96,30 @@ class PolicyServer:
         self._subscription.acknowledge(version)
 
     def _serve(self, batch: Batch) -> None:
-        weights = self._weights
-        if weights is None:
-            raise RuntimeError("a request arrived before the first weights were published")
+        """Answers every request of a batch, with an error if there is no other answer."""
         try:
-            with self._meter.busy("infer"):
-                queries = [request.payload for request in batch.requests]
-                keys = np.concatenate([query.keys for query in queries])
-                observations = [query.observation for query in queries]
-                result, bucket = self._sampler.run(batch.kind, weights.params, observations, keys)
+            answers = self._answers(batch)
         except BaseException as error:
             for request in batch.requests:
                 request.future.set_exception(error)
             raise
-        parts = _split_rows(result, [request.rows for request in batch.requests])
+        for request, answer in zip(batch.requests, answers, strict=True):
+            request.future.set_result(answer)
+
+    def _answers(self, batch: Batch) -> list[Answer]:
+        """Runs a batch; one answer per request."""
+        weights = self._weights
+        if weights is None:
+            raise RuntimeError("a request arrived before the first weights were published")
+        with self._meter.busy("infer"):
+            queries = [request.payload for request in batch.requests]
+            keys = np.concatenate([query.keys for query in queries])
+            observations = [query.observation for query in queries]
+            result, bucket = self._sampler.run(batch.kind, weights.params, observations, keys)
         # Metrics first: once its answer is there, a client may close the books of an update.
         self._record(batch, bucket)
-        for request, part in zip(batch.requests, parts, strict=True):
-            request.future.set_result(Answer(result=part, policy_version=weights.version))
+        parts = _split_rows(result, [request.rows for request in batch.requests])
+        return [Answer(result=part, policy_version=weights.version) for part in parts]
 
     def _record(self, batch: Batch, bucket: int) -> None:
         add = self._recorder.add

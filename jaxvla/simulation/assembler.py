@@ -102,7 +102,7 @@ class SegmentAssembler:
         samples = jax.tree.map(lambda *x: np.stack(x), *self._samples)
         bootstrap = np.zeros_like(results.reward)
         bootstrap[-1] = values[0]
-        if len(values) > 1:
+        if self._final_observations:
             bootstrap[results.truncated] = np.concatenate(values[1:])
         version = np.repeat(np.asarray(self._versions, np.int32)[:, None], bootstrap.shape[1], 1)
         return Trajectory(

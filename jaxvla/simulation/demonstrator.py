@@ -66,7 +66,7 @@ class Demonstrator:
         self._horizon = action_horizon
         self._scale = np.asarray([noise_std] * (env.spec.action_dim - 1) + [0.0], np.float32)
         table = table.on_device()
-        placed = sharding.batch_sharding(mesh)
+        self._placed = placed = sharding.batch_sharding(mesh)
         rows = PartitionSpec("data")
 
         def label(states: EnvState) -> SupervisedBatch:
@@ -98,8 +98,8 @@ class Demonstrator:
         keys = jax.random.split(jax.random.key(0), self._num_envs)
         tasks = jnp.zeros(self._num_envs, jnp.int32)
         states = jax.eval_shape(self._reset, keys, tasks)
-        ended = stand_in(jax.ShapeDtypeStruct((self._num_envs,), bool))
-        self._record.lower(_Episodes(state=states, ended=ended), keys).compile()
+        running = jax.ShapeDtypeStruct((self._num_envs,), bool, sharding=self._placed)
+        self._record.lower(_Episodes(state=states, ended=stand_in(running)), keys).compile()
 
     def scenes(
         self, *, batch_size: int, num_batches: int, key: jax.Array
@@ -126,7 +126,8 @@ class Demonstrator:
           key: typed key.
 
         Returns:
-          One sample per control step until the task is solved: numpy arrays [N, ...].
+          One sample per control step until the task is solved or the time is up: numpy arrays
+          [N, ...], ordered by batch, then by time, then by env.
         """
         num_tasks = len(self._env.spec.tasks)
         parts = []
@@ -142,7 +143,8 @@ class Demonstrator:
         def keys(block: int) -> jax.Array:
             return jax.random.split(jax.random.fold_in(key, block), self._num_envs)
 
-        running = stand_in(np.zeros(self._num_envs, bool))
+        # Placed like what `_record` returns, or else the second block would compile it again.
+        running = jax.device_put(np.zeros(self._num_envs, bool), self._placed)
         episodes = _Episodes(state=self._reset(keys(0), tasks), ended=running)
         blocks: list[_Path] = []
         # One block more than the longest episode has: the last chunks reach beyond its end.
@@ -167,14 +169,19 @@ class Demonstrator:
         return jax.lax.scan(advance, episode, jax.random.split(key, self._horizon))
 
     def _samples(self, path: _Path) -> list[SupervisedBatch]:
-        """Renders a batch of episodes step by step, dropping what follows their ends."""
+        """Renders the steps before the ends of a batch of episodes, `num_envs` at a time."""
+        steps, envs = np.nonzero(~path.ended[:, : -self._horizon].T)
         parts = []
-        for t in range(path.action.shape[1] - self._horizon):
-            alive = ~path.ended[:, t]
-            if not alive.any():
-                break
-            seen = self._label(jax.tree.map(lambda x, t=t: x[:, t], path.state))
-            chunk = np.clip(path.action[:, t : t + self._horizon], -1.0, 1.0)
-            batch = seen.replace(actions=chunk)
-            parts.append(jax.tree.map(lambda x, a=alive: np.asarray(x)[a], batch))
+        for first in range(0, len(steps), self._num_envs):
+            rows = slice(first, first + self._num_envs)
+            parts.append(self._sample(path, envs[rows], steps[rows]))
         return parts
+
+    def _sample(self, path: _Path, envs: np.ndarray, steps: np.ndarray) -> SupervisedBatch:
+        """Samples of given steps (int [n] each, n <= num_envs); renders full batches only."""
+        padding = (0, self._num_envs - len(envs))
+        index = np.pad(envs, padding, "edge"), np.pad(steps, padding, "edge")
+        seen = self._label(jax.tree.map(lambda x: x[index], path.state))
+        chunk = path.action[envs[:, None], steps[:, None] + np.arange(self._horizon)]
+        batch = jax.tree.map(lambda x: np.asarray(x)[: len(envs)], seen)
+        return batch.replace(actions=np.clip(chunk, -1.0, 1.0))

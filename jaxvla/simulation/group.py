@@ -83,8 +83,8 @@ class DeviceStepper:
     ):
         self.env = env
         self.num_envs = num_envs
+        self.num_executed = num_executed
         self.mesh = mesh
-        self._num_executed = num_executed
         rows = sharding.batch_sharding(mesh)
         table = table.on_device()
 
@@ -113,7 +113,7 @@ class DeviceStepper:
         def step(
             worlds: Worlds, actions: jax.Array, keys: jax.Array
         ) -> tuple[Worlds, ChunkResult, EnvState]:
-            return unroll.run_chunk(env, table, worlds, actions[:, :num_executed], keys)
+            return unroll.run_chunk(env, table, worlds, actions, keys)
 
         def split(key: jax.Array) -> jax.Array:
             return jax.random.split(key, num_envs)
@@ -133,7 +133,7 @@ class DeviceStepper:
         worlds, _ = jax.eval_shape(self.draw, key)
         spec = self.env.spec
         actions = jax.ShapeDtypeStruct(
-            (self.num_envs, self._num_executed, spec.action_dim), np.float32
+            (self.num_envs, self.num_executed, spec.action_dim), np.float32
         )
         self.step.lower(worlds, actions, key).compile()
 
@@ -168,7 +168,9 @@ class DeviceEnvGroup:
     def step_chunk(self, actions: np.ndarray, cursor: Cursor) -> ChunkResult:
         """See EnvGroup.step_chunk. Returns once the device has finished."""
         key = rng.stream(self._key, "step", cursor.segment, cursor.chunk)
-        self._worlds, result, self._path = self._stepper.step(self._worlds, actions, key)
+        # Cut here, not in the compiled function: it was compiled for this shape.
+        executed = actions[:, : self._stepper.num_executed]
+        self._worlds, result, self._path = self._stepper.step(self._worlds, executed, key)
         return jax.block_until_ready(result)
 
     def frames(self, rows: Sequence[int]) -> list[np.ndarray]:

@@ -60,7 +60,7 @@ class Ledger:
     completed: int = 0
     """Trajectories put and accepted."""
     consumed: int = 0
-    """Trajectories taken by the learner."""
+    """Trajectories taken for updates that got all of theirs."""
     dropped_by_reason: Mapping[str, int]
     """Tickets and trajectories that were given up, by reason."""
     late: int = 0
@@ -68,7 +68,7 @@ class Ledger:
     in_flight: int = 0
     """Tickets whose trajectory is being made."""
     depth: int = 0
-    """Trajectories ready and not yet taken."""
+    """Trajectories that are ready, and those taken for an update that lacks some still."""
 
     @property
     def dropped(self) -> int:
@@ -145,7 +145,8 @@ class TrajectoryQueue(Protocol):
         ...
 
     def close(self, reason: str) -> None:
-        """Drops what is in flight and ready under `reason` and wakes every blocked call."""
+        """Drops under `reason` what is in flight, ready, or taken for an update that will now
+        never have all of its trajectories, and wakes every blocked call."""
         ...
 
     def ledger(self) -> Ledger:

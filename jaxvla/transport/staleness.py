@@ -157,6 +157,11 @@ class TicketBook:
         self._dropped: Counter[str] = Counter()
 
     @property
+    def _num_gathered(self) -> int:
+        """Taken for an update that lacks further trajectories. Such an update may never happen."""
+        return self._taken % self.rule.trajectories_per_update
+
+    @property
     def num_charged(self) -> int:
         """Outstanding + ready + taken: what the credit rule limits."""
         return len(self._outstanding) + len(self._ready) + self._taken
@@ -269,8 +274,11 @@ class TicketBook:
         self._pulled_version = max(self._pulled_version, version)
 
     def drop_all(self, reason: str) -> None:
-        """Drops every outstanding and ready ticket."""
-        self._dropped[reason] += len(self._outstanding) + len(self._ready)
+        """Drops every ticket that no complete update has used."""
+        gathered = self._num_gathered
+        self._taken -= gathered
+        self._consumed -= gathered
+        self._dropped[reason] += len(self._outstanding) + len(self._ready) + gathered
         self._outstanding.clear()
         self._deadlines_s.clear()
         self._ready.clear()
@@ -280,11 +288,11 @@ class TicketBook:
         return Ledger(
             admitted=self._admitted,
             completed=self._completed,
-            consumed=self._consumed,
+            consumed=self._consumed - self._num_gathered,
             dropped_by_reason={reason: n for reason, n in self._dropped.items() if n},
             late=self._late,
             in_flight=len(self._outstanding),
-            depth=len(self._ready),
+            depth=len(self._ready) + self._num_gathered,
         )
 
     def state_dict(self) -> dict[str, Any]:

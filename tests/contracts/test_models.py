@@ -104,7 +104,11 @@ def model(request: pytest.FixtureRequest) -> Model:
         params=quick_jit(policy.init)(jax.random.key(0)),
         observation=make_observation(policy.observation_spec(1).tokens.shape[1]),
         explore=quick_jit(functools.partial(policy.act, explore=True)),
-        evaluate=quick_jit(policy.evaluate),
+        evaluate=quick_jit(
+            lambda params, observation, trace: policy.evaluate(
+                params, policy.encode(params, observation), trace
+            )
+        ),
     )
 
 
@@ -166,6 +170,29 @@ def test_sampled_log_prob_is_the_evaluated_one(model: Model) -> None:
     assert np.abs(sample.log_prob).min() > 1e-3  # no constant
 
 
+def test_encodings_have_rows_first_and_depend_on_the_encoder_alone(model: Model) -> None:
+    encode = quick_jit(model.policy.encode)
+    encoding = encode(model.params, model.observation)
+    assert all(leaf.shape[0] == B for leaf in jax.tree.leaves(encoding))
+
+    def move(is_encoder: bool) -> Params:
+        def moved(path: Any, leaf: jax.Array) -> jax.Array:
+            name = "/".join(str(key.key) for key in path)
+            matches = re.search(model.policy.encoder, name) is not None
+            return 1.1 * leaf if matches == is_encoder else leaf
+
+        return jax.tree_util.tree_map_with_path(moved, model.params)
+
+    same = encode(move(is_encoder=False), model.observation)
+    jax.tree.map(np.testing.assert_array_equal, same, encoding)
+    pairs = zip(
+        jax.tree.leaves(encode(move(is_encoder=True), model.observation)),
+        jax.tree.leaves(encoding),
+        strict=True,
+    )
+    assert any((np.asarray(a) != np.asarray(b)).any() for a, b in pairs)
+
+
 def test_log_prob_follows_the_weights(model: Model) -> None:
     sample = model.sample()
     moved = jax.tree.map(lambda leaf: 1.05 * leaf, model.params)
@@ -177,7 +204,8 @@ def test_log_prob_has_a_gradient(model: Model) -> None:
     trace = model.sample().trace
 
     def total(params: Params) -> jax.Array:
-        return model.policy.evaluate(params, model.observation, trace)[0].sum()
+        encoding = model.policy.encode(params, model.observation)
+        return model.policy.evaluate(params, encoding, trace)[0].sum()
 
     leaves = jax.tree.leaves(quick_jit(jax.grad(total))(model.params))
     assert all(np.isfinite(leaf).all() for leaf in leaves)

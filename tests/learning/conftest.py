@@ -60,6 +60,7 @@ def make_training(
     standardize: bool = False,
     trainable: str = ".*",
     eps: float = 1e-8,
+    encode_once: bool = False,
 ) -> Training:
     """Train functions of a policy and an algorithm, by default a linear one and PPO."""
     policy = policy or LinearPolicy()
@@ -80,6 +81,7 @@ def make_training(
             mesh=mesh,
             shardings=shardings,
             num_minibatches=num_minibatches,
+            encode_once=encode_once,
         )
     return Training(
         functions=functions,

@@ -29,11 +29,18 @@ class LinearPolicy:
             for k, (name, shape) in zip(keys, shapes.items(), strict=True)
         }
 
+    encoder = "^vision/"
+
+    def encode(self, params: Params, observation: Observation) -> dict[str, jax.Array]:
+        hidden = observation.state @ params["vision"]["kernel"]
+        return {"hidden": hidden, "state": observation.state}
+
     def evaluate(
-        self, params: Params, observation: Observation, trace: Any
+        self, params: Params, encoding: dict[str, jax.Array], trace: Any
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        log_prob = -0.5 * jnp.square(trace - self._mean(params, observation)).sum(-1)
-        value = (observation.state @ params["value_head"]["kernel"])[:, 0]
+        mean = encoding["hidden"] @ params["torso"]["kernel"]
+        log_prob = -0.5 * jnp.square(trace - mean).sum(-1)
+        value = (encoding["state"] @ params["value_head"]["kernel"])[:, 0]
         return log_prob, jnp.zeros_like(value), value
 
     def supervised_loss(

@@ -18,6 +18,8 @@ from jaxvla.telemetry.activity import ActivityMeter
 from jaxvla.telemetry.metrics import MetricRecorder
 from jaxvla.telemetry.tracing import Tracer
 from jaxvla.transport.base import QueueItem, Ticket
+from jaxvla.transport.in_process import InProcessQueue
+from jaxvla.transport.staleness import CreditRule
 from jaxvla.types import Params, Trajectory
 
 TIMEOUT_S = 60.0
@@ -93,7 +95,7 @@ class Run:
         training: Any,
         trajectories: list[Trajectory],
         *,
-        learning: dict[str, int] | None = None,
+        learning: dict[str, Any] | None = None,
         schedule: dict[str, Any] | None = None,
         num_epochs: int = 1,
         progress: Progress | None = None,
@@ -113,7 +115,7 @@ class Run:
             queue=taken_from,
             store=published_to,
             key=KEY,
-            learning=LearningConfig(**({"num_updates": 3} | (learning or {}))),
+            learning=LearningConfig(**dict[str, Any](num_updates=3) | (learning or {})),
             schedule=ScheduleConfig(**(schedule or {})),
             algorithm=PPOConfig(
                 num_epochs=num_epochs, num_minibatches=training.functions._num_minibatches
@@ -192,7 +194,7 @@ def test_an_update_is_epochs_of_minibatch_steps(training) -> None:
     run.learner.progress.version = 4
     run.run()
     functions, state = made.functions, made.fresh_state()
-    batch = functions.prepare(trajectories(2))
+    batch = functions.prepare(state.params, trajectories(2))
     for epoch in (0, 1):
         order = functions.draw(rng.stream(KEY, "order", 4, epoch), batch.weight.shape)
         for index in (0, 1):
@@ -215,6 +217,59 @@ def test_streamed_equals_batched(training) -> None:
         np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-6)
     norms = [run.record()["learner/grad_norm"] for run in (batched, streamed)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_streamed_metrics_are_those_of_the_whole_batch(training) -> None:
+    """Trajectories count by their valid samples: here 16, 13, 2 and none."""
+    made = training(eps=1e-3)
+    parts = [make_trajectory(seed, num_invalid=n) for seed, n in enumerate((0, 3, 14, 16))]
+    learning = {"num_updates": 1, "trajectories_per_update": 4}
+    batched, streamed = (
+        Run(made, parts, learning=learning, schedule={"stream_microbatches": is_streamed})
+        .run()
+        .record()
+        for is_streamed in (False, True)
+    )
+    names = [name for name in batched if name.startswith("learner/")]
+    assert len(names) == 9
+    for name in names:
+        assert streamed[name] == pytest.approx(batched[name], rel=1e-4), name
+
+
+def test_streamed_metrics_without_any_valid_sample_are_zero(training) -> None:
+    parts = [make_trajectory(seed, num_invalid=16) for seed in range(2)]
+    learning, schedule = {"num_updates": 1}, {"stream_microbatches": True}
+    record = Run(training(), parts, learning=learning, schedule=schedule).run().record()
+    for name in ("loss/policy", "loss/value", "ratio/mean", "ratio/max", "grad_norm"):
+        assert record[f"learner/{name}"] == 0.0, name
+
+
+class ClosingQueue(InProcessQueue):
+    """Closed by the first `take` that would have to wait."""
+
+    def take(self, count: int, learner_version: int, timeout_s: float | None = None) -> Any:
+        items = super().take(count, learner_version, timeout_s=0.0)
+        if items is None:
+            self.close("shutdown")
+        return items
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_only_what_updates_used_is_consumed(training, is_streamed: bool) -> None:
+    """Five trajectories are two updates of two and one that is left over."""
+    queue = ClosingQueue(CreditRule(trajectories_per_update=2, max_staleness=2))
+    for position, trajectory in enumerate(trajectories(5)):
+        ticket = queue.admit("simulator")
+        assert ticket is not None
+        info = item_of(trajectory, position).info
+        versions = {"policy_version_min": 0, "policy_version_max": 0}
+        assert queue.put(ticket, trajectory, nbytes=0, info=info, **versions)
+    schedule = {"stream_microbatches": is_streamed}
+    run = Run(training(), [], queue=queue, schedule=schedule).run()
+    assert run.learner.progress.version == 2
+    ledger = queue.ledger()
+    assert (ledger.consumed, ledger.dropped_by_reason) == (4, {"shutdown": 1})
+    assert ledger.is_balanced and (ledger.in_flight, ledger.depth) == (0, 0)
 
 
 @pytest.mark.parametrize("is_streamed", [False, True])
@@ -312,7 +367,7 @@ def test_metrics_of_an_update_are_means_and_maxima_over_its_steps(training) -> N
     made = training(num_minibatches=2)
     record = Run(made, trajectories(2), learning={"num_updates": 1}).run().record()
     functions, state, steps = made.functions, made.fresh_state(), []
-    batch = functions.prepare(trajectories(2))
+    batch = functions.prepare(state.params, trajectories(2))
     order = functions.draw(rng.stream(KEY, "order", 0, 0), batch.weight.shape)
     for index in (0, 1):
         state, metrics = functions.step(state, batch, order, jnp.int32(index))

@@ -61,7 +61,7 @@ def test_minibatches_of_an_epoch_partition_the_batch_in_every_column(
 ) -> None:
     made = training(algorithm=Spy(), num_minibatches=num_minibatches)
     functions, state = made.functions, made.fresh_state()
-    batch = functions.prepare([make_trajectory(0, T=T, B=B)])
+    batch = functions.prepare(state.params, [make_trajectory(0, T=T, B=B)])
     order = functions.draw(jax.random.key(0), (T, B))
     seen: list[float] = []
     for index in range(num_minibatches):
@@ -75,18 +75,20 @@ def test_minibatches_of_an_epoch_partition_the_batch_in_every_column(
 
 
 def test_trajectories_are_joined_along_their_envs(training) -> None:
-    functions = training().functions
+    functions, params = training().functions, training().fresh_state().params
     parts = [make_trajectory(seed, T=T, B=2) for seed in (1, 2)]
-    joined = functions.prepare(parts)
+    joined = functions.prepare(params, parts)
     for start, part in zip((0, 2), parts, strict=True):
-        alone = functions.prepare([part])
+        alone = functions.prepare(params, [part])
         assert_close(take(joined, (slice(None), slice(start, start + 2))), alone)
     assert joined.advantage.shape == (T, 4)
 
 
 def test_advantages_are_standardized_over_the_joined_batch(training) -> None:
-    functions = training(standardize=True).functions
-    advantage = np.asarray(functions.prepare([make_trajectory(s) for s in (1, 2)]).advantage)
+    made = training(standardize=True)
+    parts = [make_trajectory(seed) for seed in (1, 2)]
+    batch = made.functions.prepare(made.fresh_state().params, parts)
+    advantage = np.asarray(batch.advantage)
     assert abs(advantage.mean()) < 1e-6 and abs(advantage.std() - 1.0) < 1e-5
     assert abs(advantage[:, :B].mean()) > 1e-3  # not each trajectory by itself
 
@@ -119,10 +121,10 @@ def streamed(training, trajectories: list[Trajectory]) -> tuple[TrainState, floa
 
 
 def batched(training, trajectories: list[Trajectory]) -> tuple[TrainState, float]:
-    functions = training.functions
-    batch = functions.prepare([functions.place(x) for x in trajectories])
+    functions, state = training.functions, training.fresh_state()
+    batch = functions.prepare(state.params, [functions.place(x) for x in trajectories])
     order = functions.draw(jax.random.key(0), batch.weight.shape)
-    state, metrics = functions.step(training.fresh_state(), batch, order, jnp.int32(0))
+    state, metrics = functions.step(state, batch, order, jnp.int32(0))
     return state, float(metrics["grad_norm"])
 
 
@@ -187,7 +189,7 @@ def test_state_and_sums_are_donated_and_parameters_of_a_gradient_are_not(
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((second, state, trajectory)))
     applied, _ = functions.apply(state, total)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
-    batch = functions.prepare([trajectory])
+    batch = functions.prepare(applied.params, [trajectory])
     order = functions.draw(jax.random.key(0), (T, B))
     functions.step(applied, batch, order, jnp.int32(0))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(applied))
@@ -245,7 +247,7 @@ def test_nothing_is_compiled_after_the_first_update(
 
     def update(state: TrainState, seed: int) -> TrainState:
         parts = [functions.place(make_trajectory(seed + part)) for part in (0, 1)]
-        batch = functions.prepare(parts)
+        batch = functions.prepare(state.params, parts)
         for epoch in (0, 1):
             order = functions.draw(jax.random.key(epoch), batch.weight.shape)
             for index in (0, 1):

@@ -21,6 +21,7 @@ T, B, STATE_DIM, ACTION_DIM, NUM_STEPS = 2, 8, 5, 3, 4
 # Adam divides a gradient by its size, so that near-zero ones of other sign (rounding of sums
 # in another order) would move parameters by a whole learning rate; a large eps takes that away.
 SETTINGS = {"num_minibatches": 2, "standardize": True, "eps": 1e-2}
+EXPERT_AND_CRITIC = "^PaliGemma/llm/.*_1/|^(action|time|state)_|^value_head/"
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +110,7 @@ def trajectory(training, policy: PiPolicy) -> Trajectory:
 
 def train(training: Any, trajectory: Trajectory) -> tuple[TrainState, list[dict[str, float]]]:
     functions, state = training.functions, training.fresh_state()
-    batch = functions.prepare([functions.place(trajectory)])
+    batch = functions.prepare(state.params, [functions.place(trajectory)])
     metrics = []
     for step in range(NUM_STEPS):
         order = functions.draw(jax.random.key(step // 2), batch.weight.shape)
@@ -122,6 +123,25 @@ def train(training: Any, trajectory: Trajectory) -> tuple[TrainState, list[dict[
 def on_one_device(training, policy: PiPolicy, trajectory: Trajectory) -> tuple[TrainState, Any]:
     state, metrics = train(training(policy, **SETTINGS), trajectory)
     return jax.device_get(state), metrics
+
+
+@pytest.mark.parametrize("layout", ["colocated=1", "colocated=4:data2,fsdp2"])
+def test_encoding_once_changes_nothing_while_the_encoder_is_frozen(
+    training, policy: PiPolicy, trajectory: Trajectory, layout: str
+) -> None:
+    settings = SETTINGS | {"trainable": EXPERT_AND_CRITIC, "layout": layout}
+    anew, once = (
+        train(training(policy, **settings, encode_once=encode_once), trajectory)
+        for encode_once in (False, True)
+    )
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=0.0, atol=1e-5),
+        jax.device_get(once[0].params),
+        jax.device_get(anew[0].params),
+    )
+    losses = [[float(metrics["loss/total"]) for metrics in run] for _, run in (once, anew)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert abs(losses[0][0] - losses[0][-1]) > 1e-3  # something was learned meanwhile
 
 
 def test_training_moves_the_parameters(training, policy: PiPolicy, on_one_device) -> None:

@@ -35,7 +35,7 @@ def act(policy, quick_jit):
 
 @pytest.fixture(scope="module")
 def evaluate(policy, quick_jit):
-    return quick_jit(policy.evaluate)
+    return quick_jit(evaluation(policy))
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +46,13 @@ def sample(act, params, observation):
 def assert_close(actual, expected, atol: float = 2e-5) -> None:
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, atol=atol, rtol=1e-5), actual, expected
+    )
+
+
+def evaluation(policy):
+    """log_prob, entropy and value from observations."""
+    return lambda params, observation, trace: policy.evaluate(
+        params, policy.encode(params, observation), trace
     )
 
 
@@ -69,7 +76,7 @@ def test_sampled_log_prob_equals_evaluated(
     policy = variant(policy, dtype=dtype, exploration=exploration, ignore_last_step=True)
     keys = keys_of(5)
     sample = quick_jit(functools.partial(policy.act, explore=True))(params, observation, keys)
-    log_prob, entropy, value = quick_jit(policy.evaluate)(params, observation, sample.trace)
+    log_prob, entropy, value = quick_jit(evaluation(policy))(params, observation, sample.trace)
     assert set(np.asarray(sample.trace.step)) <= {0, 1, 2}
     assert np.abs(sample.log_prob).min() > 0.1  # not all zero
     assert_close(log_prob, sample.log_prob, atol=1e-4)
@@ -168,7 +175,7 @@ def test_padded_dimensions_stay_inside(spec, observation, quick_jit) -> None:
     unscored = sample.trace.replace(
         x_next=sample.trace.x_next.at[:, 4:].add(9.0).at[:, :, 3:].add(9.0)
     )
-    log_prob, _, _ = quick_jit(policy.evaluate)(params, observation, unscored)
+    log_prob, _, _ = quick_jit(evaluation(policy))(params, observation, unscored)
     assert_close(log_prob, sample.log_prob, atol=1e-4)
 
 
@@ -181,7 +188,7 @@ def gradient_norms(policy, params, observation, trace, quick_jit) -> dict[str, f
     """Norm per leaf of the gradient of imitation loss + log-prob + value."""
 
     def total(params):
-        log_prob, _, value = policy.evaluate(params, observation, trace)
+        log_prob, _, value = evaluation(policy)(params, observation, trace)
         mask = jnp.zeros(observation.images.shape[:-1], bool).at[..., :4, :7].set(True)
         batch = SupervisedBatch(
             observation=observation, actions=jnp.ones((5, 6, 3)), target_mask=mask

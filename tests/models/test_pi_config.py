@@ -1,6 +1,7 @@
 """Resolving and refusing configs."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -57,12 +58,38 @@ def test_resolve_keeps_what_is_set(spec) -> None:
         ("noise_level", 0.0),
         ("num_denoise_steps", 0),
         ("depth", 0),
+        ("value_widths", (0,)),
+        ("value_widths", (-1,)),
+        ("value_widths", (64, 0, 32)),
     ],
 )
-def test_impossible_settings_are_named(spec, field: str, value: int | str | float) -> None:
+def test_impossible_settings_are_named(spec, field: str, value: Any) -> None:
     config = dataclasses.replace(tiny_config(), **{field: value})
     with pytest.raises(ConfigError, match=rf"config\.model\.{field} = "):
         resolve(config, spec)
+
+
+_SIZES = [field for field in dataclasses.fields(PiConfig) if field.type is int]
+
+
+@pytest.mark.parametrize("value", [0, -1, -2])
+@pytest.mark.parametrize("field", _SIZES, ids=lambda field: field.name)
+def test_no_size_is_zero_or_negative(spec, field: dataclasses.Field, value: int) -> None:
+    """But for -1 where that is the default. Known without an env, and so before one is made."""
+    config = dataclasses.replace(tiny_config(), **{field.name: value})
+    if value == field.default:
+        config.validate()
+        assert getattr(resolve(config, spec), field.name) >= 1
+    else:
+        with pytest.raises(
+            ConfigError, match=rf"config\.model\.{field.name} = {value}: .* Fix: --"
+        ):
+            config.validate()
+
+
+def test_a_value_head_may_be_linear(spec) -> None:
+    config = resolve(dataclasses.replace(tiny_config(), value_widths=()), spec)
+    assert config.value_widths == ()
 
 
 @pytest.mark.parametrize(

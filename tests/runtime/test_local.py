@@ -166,6 +166,21 @@ def test_a_failure_while_stopping_is_raised():
         _run([server, learner], main=learner)
 
 
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_a_program_that_cannot_be_started_stops_the_others(position: int):
+    class _Unwilling(_Program):
+        def threads(self) -> dict[str, Callable[[], None]]:
+            raise ArithmeticError("no threads")
+
+    programs = [_Program("serving", _until_stopped), _Program("learning", _until_stopped)]
+    programs.insert(position, _Unwilling("simulation"))
+    with pytest.raises(ProgramFailedError, match="simulation: ArithmeticError: no threads") as e:
+        _run(programs, main=programs[-1])
+    assert isinstance(e.value.__cause__, ArithmeticError)
+    assert all(program.reasons == ["failure"] for program in programs)
+    assert not any(map(_is_alive, ("serving", "simulation", "learning")))
+
+
 def test_a_request_to_stop_ends_the_run_without_an_error():
     stop = threading.Event()
     server = _Program("serving", _until_stopped)

@@ -63,7 +63,9 @@ class QueueMachine(RuleBasedStateMachine):
 
     def allows_admission(self) -> bool:
         taken = self.taken_before + sum(
-            record["state"] == "taken" for record in self.history if record["is_this_life"]
+            record["state"] in ("gathered", "taken")
+            for record in self.history
+            if record["is_this_life"]
         )
         limit = (self.pulled + self.rule.max_staleness + 1) * self.rule.trajectories_per_update
         has_memory = self.max_bytes is None or (self.present + 1) * self.largest <= self.max_bytes
@@ -101,9 +103,20 @@ class QueueMachine(RuleBasedStateMachine):
     def put(self, data, nbytes, is_future):
         """Of any ticket ever given out, also ended ones and those of an earlier life."""
         self.expire()
-        record = data.draw(st.sampled_from(self.history[-6:]))
+        self.hand_in(data.draw(st.sampled_from(self.history[-6:])), nbytes, is_future == 0)
+
+    @precondition(lambda self: self.count("outstanding"))
+    @rule(nbytes=st.sampled_from(ITEM_BYTES))
+    def finish_the_oldest(self, nbytes):
+        """Without it hardly any update would get all of its trajectories."""
+        self.expire()
+        outstanding = [x for x in self.history if x["state"] == "outstanding"]
+        if outstanding:
+            self.hand_in(outstanding[0], nbytes, is_future=False)
+
+    def hand_in(self, record, nbytes, is_future):
         oldest = record["ticket"].admission_version
-        newest = max(self.published, oldest) + (is_future == 0)
+        newest = max(self.published, oldest) + is_future
         is_accepted = self.queue.put(
             record["ticket"],
             payload=None,
@@ -152,10 +165,13 @@ class QueueMachine(RuleBasedStateMachine):
         for item in items:
             assert self.learner_version - item.policy_version_min <= self.rule.bound
         for record in expected:
-            record["state"] = "taken"
+            record["state"] = "gathered"
         self.num_in_batch += count
         if self.num_in_batch == self.rule.trajectories_per_update:
             self.num_in_batch = 0
+            for record in self.history:
+                if record["state"] == "gathered":
+                    record["state"] = "taken"
             self.learner_version += 1
             self.published = self.learner_version
 
@@ -166,10 +182,14 @@ class QueueMachine(RuleBasedStateMachine):
         self.queue.advance(version)
         self.pulled = max(self.pulled, version)
 
-    @rule(num_updates_lost=st.integers(0, 2))
-    def restart(self, num_updates_lost):
+    @rule(num_updates_lost=st.integers(0, 2), is_closed=st.booleans(), chance=st.integers(0, 3))
+    def restart(self, num_updates_lost, is_closed, chance):
         """A new process continues from a checkpoint of this moment, or an older learner."""
+        if chance:
+            return
         self.expire()
+        if is_closed:
+            self.queue.close("shutdown")
         state = json.loads(json.dumps(self.queue.state_dict()))
         self.learner_version = max(0, self.learner_version - num_updates_lost)
         self.published = self.pulled = self.learner_version
@@ -178,7 +198,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.largest = 0
         for record in self.history:
             record["is_this_life"] = False
-            if record["state"] in ("outstanding", "ready"):
+            if record["state"] in ("outstanding", "ready", "gathered"):
                 record["state"] = "dropped"
         self.queue = self.make_queue()
         self.queue.load_state_dict(state, version=self.learner_version)
@@ -192,7 +212,7 @@ class QueueMachine(RuleBasedStateMachine):
         assert ledger.consumed == self.count("taken")
         assert ledger.dropped == self.count("dropped")
         assert ledger.in_flight == self.count("outstanding")
-        assert ledger.depth == self.count("ready")
+        assert ledger.depth == self.count("ready") + self.count("gathered")
         assert (ledger.late, ledger.completed) == (self.num_late, self.num_completed)
 
     @invariant()

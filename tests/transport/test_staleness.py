@@ -347,6 +347,30 @@ def test_drop_all_closes_the_balance():
     assert not book.put(item(tickets[1]))
 
 
+def test_what_an_incomplete_update_took_is_not_consumed():
+    """P = 2, taken one by one: the third waits for a fourth, which never comes."""
+    book = make_book()
+    for ticket in admit(book, 3):
+        book.put(item(ticket))
+    counts = []
+    for version in (0, 0, 1):
+        book.take(1, version)
+        ledger = book.ledger()
+        assert ledger.is_balanced
+        counts.append((ledger.consumed, ledger.depth))
+    assert counts == [(0, 3), (2, 1), (2, 1)]
+
+    restored = make_book()
+    restored.load_state_dict(book.state_dict(), version=1)
+    assert restored.ledger().dropped_by_reason == {"restart": 1}
+
+    for _ in range(2):  # closed by whoever stops first, and once more at the end
+        book.drop_all("shutdown")
+    for ledger in (book.ledger(), restored.ledger()):
+        assert ledger.is_balanced
+        assert (ledger.consumed, ledger.dropped, ledger.depth) == (2, 1, 0)
+
+
 @pytest.mark.parametrize(("oldest", "newest"), [(-1, 0), (3, 2)])
 def test_versions_must_be_a_range(oldest, newest):
     with pytest.raises(ValueError, match="policy versions"):

@@ -1,0 +1,487 @@
+"""Whole training runs in seconds: every program is real, policy and env are as small as can be."""
+
+import dataclasses
+import functools
+import io
+import json
+import math
+import pathlib
+import re
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from serving.tiny_policy import HORIZON, TinyPolicy
+from simulation.counter_env import FAIL, SUCCEED, CounterEnv, CounterState
+
+from jaxvla import config as c
+from jaxvla.algorithms.ppo import PPOConfig
+from jaxvla.evaluation.evaluator import Evaluator
+from jaxvla.layout import parse_layout
+from jaxvla.learning.learner import NonFiniteError
+from jaxvla.models.tokenizer import ByteTokenizer
+from jaxvla.runtime.build import Blueprint
+from jaxvla.runtime.controller import Controller, _failure
+from jaxvla.runtime.local import ProgramFailedError
+from jaxvla.simulation.group import DeviceEnvGroup
+from jaxvla.simulation.unroll import TokenTable
+from jaxvla.telemetry.metrics import Record
+from jaxvla.telemetry.progress import Screen
+from jaxvla.transport.staleness import StalenessViolation
+from jaxvla.types import Params
+
+TIMEOUT_S = 60.0
+"""For waits that end at once unless the code is broken."""
+
+COMMAND = "python -m jaxvla.main --config=tiny.py"
+LOSSES = ("learner/loss/total", "learner/loss/policy", "learner/loss/value", "learner/grad_norm")
+
+SYNCHRONOUS = {
+    "schedule": c.ScheduleConfig(overlap_training=False, overlap_rollout=False),
+    "simulation": c.SimulationConfig(num_groups=1, envs_per_group=4, segment_length=2),
+    "serving": c.ServingConfig(trigger_size=4, max_batch=4, buckets=(4,)),
+}
+"""Sections of a run whose every number is a function of its seed."""
+NO_EVALUATION = c.EvaluationConfig(num_episodes=0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_jit() -> Iterator[None]:
+    """`jax.jit` without LLVM optimisation: compiles several times faster, computes the same."""
+    quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "jit", quick)
+        yield
+
+
+class EventfulEnv(CounterEnv):
+    """Rounds the first action to an event, so that any policy succeeds and fails at times."""
+
+    def step(self, state: CounterState, action: jax.Array) -> CounterState:
+        event = jnp.clip(jnp.round(action[0] / SUCCEED) * SUCCEED, 0.0, FAIL)
+        return super().step(state, action.at[0].set(event))
+
+
+def make_blueprint(policy: Any = None, **sections: Any) -> Blueprint:
+    """Two groups of two envs, two chunks a trajectory, two trajectories an update."""
+    defaults: dict[str, Any] = {
+        "simulation": c.SimulationConfig(num_groups=2, envs_per_group=2, segment_length=2),
+        "serving": c.ServingConfig(trigger_size=2, max_batch=4, buckets=(2, 4)),
+        "learning": c.LearningConfig(num_updates=4, trajectories_per_update=2),
+        "evaluation": c.EvaluationConfig(num_episodes=4, num_videos=0),
+        "checkpoint": c.CheckpointConfig(interval=2, keep=2),
+    }
+    config = c.ExperimentConfig(
+        name="tiny",
+        env=c.EnvConfig(name="counter", num_executed=HORIZON),
+        model=c.ModelConfig(name="tiny", action_horizon=HORIZON),
+        algorithm=PPOConfig(),
+        **(defaults | sections),
+    )
+    tokens: Any = np.asarray([[3, 1], [4, 0]], np.int32)
+    return Blueprint(
+        config=config,
+        env=EventfulEnv(),
+        policy=policy or TinyPolicy(CounterEnv.spec),
+        layout=parse_layout("colocated=1"),
+        tokenizer=ByteTokenizer(),
+        table=TokenTable(tokens=tokens, mask=tokens > 0),
+    )
+
+
+class HookedScreen(Screen):
+    """Calls a function with every metric record, in the learner's thread."""
+
+    on_update: Callable[[Record], None] = staticmethod(lambda record: None)
+
+    def update(self, record: Record) -> None:
+        super().update(record)
+        self.on_update(record)
+
+
+class Run:
+    """One process' share of a run."""
+
+    def __init__(self, workdir: pathlib.Path, blueprint: Blueprint):
+        self.workdir = workdir
+        self.stop = threading.Event()
+        self._output = io.StringIO()
+        num_updates = blueprint.config.learning.num_updates
+        self.screen = HookedScreen(self._output, num_updates=num_updates)
+        self.controller = Controller(
+            blueprint,
+            workdir=workdir,
+            screen=self.screen,
+            stop_requested=self.stop,
+            command=COMMAND,
+        )
+
+    def run(self) -> int:
+        # A run that hangs is asked to stop, and then fails for its exit code.
+        watchdog = threading.Timer(TIMEOUT_S, self.stop.set)
+        watchdog.start()
+        try:
+            return self.controller.run()
+        finally:
+            watchdog.cancel()
+
+    def expect(self, code: int) -> "Run":
+        actual = self.run()
+        assert actual == code, f"exit code {actual}:\n" + "\n".join(self.lines)
+        return self
+
+    def stop_after(self, update: int) -> None:
+        """Asks for a stop after an update, and holds the learner until it is under way."""
+        queue, is_closed = self.controller._queue, threading.Event()
+        close = queue.close
+
+        def closing(reason: str) -> None:
+            close(reason)
+            is_closed.set()
+
+        def stop(record: Record) -> None:
+            if record["update"] == update:
+                self.stop.set()
+                assert is_closed.wait(TIMEOUT_S)
+
+        queue.close = closing
+        self.screen.on_update = stop
+
+    @property
+    def lines(self) -> list[str]:
+        """What was shown."""
+        return self._output.getvalue().splitlines()
+
+    def records(self) -> list[dict[str, Any]]:
+        return [json.loads(x) for x in (self.workdir / "metrics.jsonl").read_text().splitlines()]
+
+    def summary(self) -> dict[str, Any]:
+        return json.loads((self.workdir / "summary.json").read_text())
+
+    def steps(self) -> list[int]:
+        """Checkpoints."""
+        directory = self.workdir / "checkpoints"
+        return sorted(int(x.name) for x in directory.iterdir()) if directory.is_dir() else []
+
+    def digests(self, step: int) -> dict[str, str]:
+        """Leaf path -> SHA-256 of the arrays of a checkpoint."""
+        record = self.workdir / "checkpoints" / str(step) / "record" / "metadata"
+        return json.loads(record.read_text())["digests"]
+
+
+def require_invariants(records: list[dict[str, Any]], num_updates: int) -> None:
+    """What holds in every record of any run of this size."""
+    assert [record["update"] for record in records] == list(range(1, num_updates + 1))
+    assert [record["queue/consumed"] for record in records] == [
+        2 * record["update"] for record in records
+    ]
+    for record in records:
+        assert 0 <= record["queue/staleness/min"] <= record["queue/staleness/max"]
+        assert record["queue/staleness/max"] <= record["queue/staleness/bound"]
+        ended = record["queue/consumed"] + record["queue/dropped"]
+        assert record["queue/admitted"] == ended + record["queue/in_flight"] + record["queue/depth"]
+        assert record["serving/recompiles"] == 0
+        assert all(math.isfinite(record[name]) for name in LOSSES)
+    times = [record["time_s"] for record in records]
+    assert times == sorted(times)
+
+
+# ------------------------------------------------------------------- a run to its end
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Asynchronous, with a warm start, evaluated every second update."""
+    blueprint = make_blueprint(
+        warm_start=c.WarmStartConfig(num_steps=3, num_episodes=8, batch_size=4),
+        evaluation=c.EvaluationConfig(num_episodes=4, num_videos=1, interval=2),
+    )
+    return Run(tmp_path_factory.mktemp("whole"), blueprint).expect(0)
+
+
+def test_every_record_keeps_the_invariants(whole: Run) -> None:
+    require_invariants(whole.records(), 4)
+    assert {record["queue/staleness/bound"] for record in whole.records()} == {1}
+
+
+def test_evaluation_keeps_its_cadence(whole: Run) -> None:
+    """Before, every second update, and after; the last one is not evaluated twice."""
+    evaluated = [x["update"] for x in whole.records() if "eval/success_rate" in x]
+    assert evaluated == [2]
+    shown = [line for line in whole.lines if line.startswith("evaluation at update")]
+    assert [int(line.split()[3].rstrip(":")) for line in shown] == [0, 2, 4]
+
+
+def test_summary_of_a_finished_run(whole: Run) -> None:
+    summary, last = whole.summary(), whole.records()[-1]
+    assert (summary["outcome"], summary["detail"], summary["update"]) == ("finished", "", 4)
+    assert summary["last_record"] == last
+    assert summary["ledger_closes"] is True
+    totals = summary["totals"]
+    assert totals["queue/consumed"] == 8 and totals["queue/in_flight"] == 0
+    assert totals["queue/admitted"] == 8 + totals["queue/dropped"]
+    assert totals["serving/recompiles"] == 0
+    assert summary["staleness_bound"] == 1
+    assert summary["max_staleness"] == max(x["queue/staleness/max"] for x in whole.records())
+    for name in ("evaluation_before", "evaluation_after"):
+        assert summary[name]["eval/episodes"] == 4
+        assert {"eval/success_rate/short", "eval/success_rate/long"} <= set(summary[name])
+    assert summary["env_steps_per_s"] > 0.0
+    assert set(summary["utilisation"]) == {"simulation", "serving", "learning"}
+    for activity in summary["utilisation"].values():
+        shares = sum(activity["waiting_on"].values())
+        assert activity["busy_fraction"] + shares == pytest.approx(1.0)
+
+
+def test_checkpoints_keep_their_cadence(whole: Run) -> None:
+    """Of updates 0, 2 and 4 the two newest are kept."""
+    assert whole.steps() == [2, 4]
+
+
+def test_the_story_of_a_run_is_told_in_order(whole: Run) -> None:
+    told = [
+        r"^compile took ",
+        r"^demonstrations \(8 scripted episodes\) took ",
+        r"^imitation \(3 steps of 4, \d+ samples\) took ",
+        r"^  loss/actions \d+\.\d{3}, grad_norm \d+\.\d{3}$",
+        r"^sampled and evaluated log-probs agree to \d\.\de[+-]\d\d$",
+        r"^evaluation at update 0: ",
+        r"^update 1/4 ",
+        r"^update 2/4 ",
+        r"^update 3/4 ",
+        r"^update 4/4 ",
+        r"^evaluation at update 4: ",
+        r"^success +before .* of 4 episodes, after .* of 4 episodes$",
+        r"^speed ",
+        r"^bottleneck ",
+        r"^staleness +max [01], bound 1$",
+        r"^workdir ",
+        rf"^next +{re.escape(COMMAND)} --job=evaluate$",
+    ]
+    places = []
+    for pattern in told:
+        found = [place for place, line in enumerate(whole.lines) if re.search(pattern, line)]
+        assert len(found) == 1, f"{pattern}: {found}\n" + "\n".join(whole.lines)
+        places += found
+    assert places == sorted(places)
+
+
+def test_files_of_a_run(whole: Run) -> None:
+    videos = {path.name for path in (whole.workdir / "videos").iterdir()}
+    assert videos == {"short_0.mp4", "long_0.mp4"}  # of the last evaluation only
+    trace = json.loads((whole.workdir / "trace.json").read_text())
+    names = {event["name"] for event in trace["traceEvents"]}
+    assert {"simulate", "infer", "train", "publish", "wait"} <= names
+
+
+# ------------------------------------------------------------------------ stop and resume
+
+
+def synchronous(num_updates: int = 4) -> Blueprint:
+    """A run whose every number is a function of its seed."""
+    return make_blueprint(schedule=SYNCHRONOUS, learning=c.LearningConfig(num_updates=num_updates))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A synchronous run to its end."""
+    return Run(tmp_path_factory.mktemp("uninterrupted"), make_blueprint(**SYNCHRONOUS)).expect(0)
+
+
+def test_a_stopped_run_ends_like_one_that_was_not(
+    uninterrupted: Run, tmp_path: pathlib.Path
+) -> None:
+    first = Run(tmp_path, make_blueprint(**SYNCHRONOUS))
+    first.stop_after(3)
+    first.expect(3)
+    stopped = first.summary()
+    assert (stopped["outcome"], stopped["update"]) == ("stopped", 3)
+    assert stopped["evaluation_before"] is not None and stopped["evaluation_after"] is None
+    assert stopped["ledger_closes"] is True
+    assert first.lines[-1].split(maxsplit=1) == ["next", COMMAND]
+    assert first.steps() == [2, 3]  # 3 was not due: it was saved because of the stop
+    require_invariants(first.records(), 3)
+
+    second = Run(tmp_path, make_blueprint(**SYNCHRONOUS)).expect(0)
+    assert any(line.endswith("after update 3") for line in second.lines)
+    require_invariants(second.records(), 4)
+    assert second.steps()[-1] == 4
+    assert second.digests(4) == uninterrupted.digests(4)
+    for resumed, expected in zip(second.records(), uninterrupted.records(), strict=True):
+        assert [resumed[name] for name in LOSSES] == [expected[name] for name in LOSSES]
+    finished = second.summary()
+    assert finished["update"] == 4
+    for name in ("evaluation_before", "evaluation_after"):
+        assert finished[name] == uninterrupted.summary()[name]
+    dropped = finished["totals"]["queue/dropped"]
+    assert finished["totals"]["queue/admitted"] == 8 + dropped
+    assert finished["time_s"] > stopped["time_s"]
+
+
+def test_a_finished_run_is_evaluated_again_and_not_trained(uninterrupted: Run) -> None:
+    before, records = uninterrupted.summary(), uninterrupted.records()
+    again = Run(uninterrupted.workdir, make_blueprint(**SYNCHRONOUS)).expect(0)
+    assert again.records() == records
+    assert not any(line.startswith("update ") for line in again.lines)
+    summary = again.summary()
+    assert summary["outcome"] == "finished" and summary["update"] == 4
+    assert summary["evaluation_after"] == before["evaluation_after"]
+    assert summary["evaluation_before"] == before["evaluation_before"]
+
+
+def test_a_stop_during_the_warm_start_leaves_nothing_to_continue(tmp_path: pathlib.Path) -> None:
+    warm_start = c.WarmStartConfig(num_steps=3, num_episodes=2, batch_size=2)
+    run = Run(tmp_path, make_blueprint(warm_start=warm_start))
+    run.stop.set()
+    run.expect(3)
+    assert run.steps() == [] and run.records() == []
+    summary = run.summary()
+    assert (summary["outcome"], summary["update"]) == ("stopped", 0)
+    assert summary["evaluation_before"] is None
+    assert run.lines[-1].split(maxsplit=1) == ["next", COMMAND]
+
+
+def test_a_stop_before_the_first_update_saves_the_start(tmp_path: pathlib.Path) -> None:
+    run = Run(tmp_path, make_blueprint())
+    run.stop.set()
+    run.expect(3)
+    assert run.steps() == [0] and run.records() == []
+    assert run.summary()["outcome"] == "stopped"
+
+
+# ------------------------------------------------------------------------- bad endings
+
+
+def test_a_policy_that_contradicts_itself_is_not_trained(tmp_path: pathlib.Path) -> None:
+    policy = TinyPolicy(CounterEnv.spec, noise_level=0.5, evaluated_noise_level=0.6)
+    run = Run(tmp_path, make_blueprint(policy)).expect(4)
+    assert run.steps() == [] and run.records() == []
+    summary = run.summary()
+    assert summary["outcome"] == "unsafe"
+    assert summary["detail"].startswith("sampled and evaluated log-probs of the same weights")
+    assert f"error: {summary['detail']}" in run.lines
+    assert run.lines[-1].split(maxsplit=1) == ["next", COMMAND]
+
+
+def test_a_failing_program_ends_the_run(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The simulator, in the middle of its fourth trajectory, after one update of two."""
+    step_chunk, calls = DeviceEnvGroup.step_chunk, []
+
+    def failing(group: DeviceEnvGroup, *arguments: Any) -> Any:
+        calls.append(group.name)
+        if len(calls) == 8:
+            raise OSError("the world is gone")
+        return step_chunk(group, *arguments)
+
+    monkeypatch.setattr(DeviceEnvGroup, "step_chunk", failing)
+    run = Run(tmp_path, make_blueprint(evaluation=NO_EVALUATION, **SYNCHRONOUS)).expect(1)
+    summary = run.summary()
+    assert summary["outcome"] == "failed"
+    assert summary["detail"] == "simulation: OSError: the world is gone"
+    assert "error: simulation: OSError: the world is gone" in run.lines
+    assert summary["ledger_closes"] is True
+    assert summary["totals"]["queue/dropped/simulator_failed"] == 1
+    require_invariants(run.records(), 1)
+    assert run.steps() == [0]  # what a failure leaves behind is not trusted
+    assert summary["evaluation_before"] is None and summary["evaluation_after"] is None
+    assert "the world is gone" in (tmp_path / "logs" / "simulation.log").read_text()
+
+
+class NanPolicy(TinyPolicy):
+    """Its critic is not finite when it is trained."""
+
+    def evaluate(
+        self, params: Params, encoding: jax.Array, trace: Any
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        log_prob, entropy, value = super().evaluate(params, encoding, trace)
+        return log_prob, entropy, jnp.nan * value
+
+
+def test_updates_that_stay_non_finite_stop_the_run(tmp_path: pathlib.Path) -> None:
+    learning = c.LearningConfig(num_updates=9, max_skipped_updates=2)
+    blueprint = make_blueprint(
+        NanPolicy(CounterEnv.spec), learning=learning, evaluation=NO_EVALUATION
+    )
+    run = Run(tmp_path, blueprint).expect(4)
+    summary = run.summary()
+    assert summary["outcome"] == "unsafe"
+    assert summary["detail"].startswith("learning: NonFiniteError: 2 updates in a row")
+    assert [x["learner/grad_norm"] for x in run.records()] == [None]
+    assert run.steps() == [0]
+
+
+def test_a_failure_outside_of_the_programs_is_the_callers(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But the books are closed first."""
+
+    def failing(*_: Any) -> None:
+        raise OSError("no space left for videos")
+
+    monkeypatch.setattr(Evaluator, "evaluate", failing)
+    run = Run(tmp_path, make_blueprint())
+    with pytest.raises(OSError, match="no space left"):
+        run.run()
+    summary = run.summary()
+    assert summary["outcome"] == "failed"
+    assert summary["detail"] == "OSError: no space left for videos"
+    assert (tmp_path / "trace.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("cause", "outcome", "code"),
+    [
+        (NonFiniteError("3 updates"), "unsafe", 4),
+        (StalenessViolation("2 > 1"), "unsafe", 4),
+        (FloatingPointError("overflow"), "failed", 1),
+    ],
+)
+def test_what_a_program_fails_of_decides_how_the_run_ends(
+    cause: Exception, outcome: str, code: int
+) -> None:
+    error = ProgramFailedError("learning", cause)
+    error.__cause__ = cause
+    detail = f"learning: {type(cause).__name__}: {cause}"
+    assert _failure(error) == (outcome, detail, code)
+
+
+# ------------------------------------------------------------------- wiring, nothing run
+
+
+def make_controller(tmp_path: pathlib.Path, **sections: Any) -> Controller:
+    return Run(tmp_path, make_blueprint(**sections)).controller
+
+
+def test_batches_form_dynamically_or_in_lockstep(tmp_path: pathlib.Path) -> None:
+    serving = c.ServingConfig(trigger_size=2, max_wait_ms=20.0, max_batch=3, buckets=(3,))
+    limits = {}
+    for is_dynamic in (True, False):
+        schedule = c.ScheduleConfig(overlap_rollout=is_dynamic)
+        controller = make_controller(tmp_path, serving=serving, schedule=schedule)
+        batcher = controller._batcher()
+        limits[is_dynamic] = (batcher._trigger_rows, batcher._max_wait_s, batcher._capacity_rows)
+        assert batcher._max_rows == 3
+    assert limits == {True: (2, 0.02, 4), False: (3, math.inf, 4)}
+
+
+def test_the_credit_rule_is_that_of_the_config(tmp_path: pathlib.Path) -> None:
+    """The bound is in force only while simulation overlaps training."""
+    learning = c.LearningConfig(num_updates=7, trajectories_per_update=5)
+    for overlap, bound, interval in ((True, 3, 2), (False, 0, 1)):
+        schedule = c.ScheduleConfig(
+            overlap_training=overlap, max_staleness=3, publish_interval=interval
+        )
+        rule = make_controller(tmp_path, learning=learning, schedule=schedule)._credit_rule()
+        assert dataclasses.asdict(rule) == {
+            "trajectories_per_update": 5,
+            "max_staleness": bound,
+            "publish_interval": interval,
+            "window": 1,
+            "num_updates": 7,
+        }
