@@ -162,14 +162,28 @@ class SimulationConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ServingConfig:
-    """Dynamic batching of chunk queries. Sizes count rows (one row = one env's query)."""
+    """Policy servers, and how each one batches chunk queries. Sizes count rows (one row = one
+    env's query)."""
 
+    num_servers: int = 1
+    """Policy servers, each with a batcher and weights of its own."""
+    assignment: str = "round_robin"
+    """Which server answers an env group: round_robin; greedy, which picks the server with the
+    fewest rows registered at the start of every segment; or one index per group, as 0,1,1."""
+    split_devices: bool = False
+    """Each server gets an equal part of the serving devices, not all of them with the others."""
+    batching: str = "fixed"
+    """"fixed": by trigger_size and max_wait_ms. "adaptive": these are where each server starts; it
+    then chooses them from what it measures. In force only with schedule.overlap_rollout."""
     trigger_size: int = -1
     """Rows that start a batch at once; -1: the envs of one group."""
     max_wait_ms: float = 20.0
     """Longest time the oldest waiting request is held back."""
+    deadline_ms: float = 0.0
+    """A request that has waited this long is not computed any more; the simulator asks again.
+    Above max_wait_ms; 0: no deadline."""
     max_batch: int = -1
-    """Rows per forward; -1: the envs of all groups."""
+    """Rows per forward; -1: the envs of all groups that one server may have."""
     buckets: tuple[int, ...] = ()
     """Compiled batch sizes, ascending, the last one at least max_batch; empty: every multiple of
     a group's envs up to max_batch."""
@@ -202,7 +216,8 @@ class MeshesConfig:
     """Which devices each role has."""
 
     layout: str = "colocated=1"
-    """For example "colocated=8" or "simulation=2 serving=2 learning=4:data2,fsdp2"."""
+    """For example "colocated=8", "simulation=2 serving=2 learning=4:data2,fsdp2" or
+    "simulation=1@0 serving=4@0 learning=4@2"; see `jaxvla.layout`."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -3,14 +3,16 @@
     colocated=8                                       every role on the same 8 devices
     simulation=2 serving=2 learning=4:data2,fsdp2     disjoint role meshes
     simulation+serving=4 learning=4:fsdp4             hybrid: two roles share 4 devices
+    simulation=1@0 serving=4@0 learning=6@2:fsdp6     any overlap: COUNT@FIRST_DEVICE
 
-Each group of roles takes the next devices in order. An axis that is not named gets
-size 1, except `data`, which takes what is left.
+A part takes the devices that follow those of the part before it, unless it names its first.
+An axis that is not named gets size 1, except `data`, which takes what is left.
 """
 
+import itertools
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 ROLES = ("simulation", "serving", "learning")
 AXES = {
@@ -35,11 +37,34 @@ class RoleLayout:
     axes: dict[str, int]
     """Axis name -> size, in mesh order; the product is `num_devices`."""
 
+    @property
+    def devices(self) -> range:
+        """Indices of the devices."""
+        return range(self.first, self.first + self.num_devices)
+
+    def split(self, count: int) -> "tuple[RoleLayout, ...]":
+        """Equal parts, one after the other; it is the `data` axis that is cut.
+
+        Raises:
+          LayoutError: the axis does not divide.
+        """
+        data = self.axes["data"]
+        if data % count:
+            raise LayoutError(f"a data axis of {data} does not divide into {count} parts")
+        size, axes = self.num_devices // count, self.axes | {"data": data // count}
+        return tuple(
+            replace(self, first=self.first + index * size, num_devices=size, axes=axes)
+            for index in range(count)
+        )
+
     def __str__(self) -> str:
         sizes = ",".join(f"{axis}{size}" for axis, size in self.axes.items())
-        last = self.first + self.num_devices - 1
-        span = str(self.first) if self.num_devices == 1 else f"{self.first}-{last}"
-        return f"devices {span}, {sizes}"
+        return f"{span(self.devices)}, {sizes}"
+
+
+def span(devices: range) -> str:
+    """Such as "devices 2-5"."""
+    return f"devices {devices[0]}" + (f"-{devices[-1]}" if len(devices) > 1 else "")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,13 +77,26 @@ class Layout:
     @property
     def num_devices(self) -> int:
         """Devices that the layout needs."""
-        return max(role.first + role.num_devices for role in self.roles.values())
+        return max(role.devices.stop for role in self.roles.values())
 
     @property
     def placement(self) -> str:
-        """ "colocated", "disaggregated" or "hybrid"."""
-        spans = {(role.first, role.num_devices) for role in self.roles.values()}
-        return {1: "colocated", len(ROLES): "disaggregated"}.get(len(spans), "hybrid")
+        """ "colocated" (all roles on the same devices), "disaggregated" (no two roles share a
+        device) or "hybrid" (anything between)."""
+        if len({role.devices for role in self.roles.values()}) == 1:
+            return "colocated"
+        is_disjoint = all(len(roles) == 1 for _, roles in self.occupants())
+        return "disaggregated" if is_disjoint else "hybrid"
+
+    def occupants(self) -> list[tuple[range, tuple[str, ...]]]:
+        """Runs of devices that have the same roles, in order; devices without any are left out."""
+        edges = {edge for x in self.roles.values() for edge in (x.devices.start, x.devices.stop)}
+        runs = [range(*pair) for pair in itertools.pairwise(sorted(edges))]
+        found = [
+            (run, tuple(name for name, x in self.roles.items() if run.start in x.devices))
+            for run in runs
+        ]
+        return [(run, roles) for run, roles in found if roles]
 
 
 def parse_layout(text: str) -> Layout:
@@ -70,33 +108,34 @@ def parse_layout(text: str) -> Layout:
         number of devices.
     """
     roles: dict[str, RoleLayout] = {}
-    first = 0
+    following = 0
     for part in text.split():
-        names, num_devices, given = _parse_part(part)
+        names, num_devices, first, given = _parse_part(part)
+        first = following if first is None else first
         for name in names:
             if name in roles:
                 raise LayoutError(f"role {name!r} is given twice")
             axes = _mesh_axes(name, num_devices, given)
             roles[name] = RoleLayout(first=first, num_devices=num_devices, axes=axes)
-        first += num_devices
+        following = first + num_devices
     missing = [name for name in ROLES if name not in roles]
     if missing:
         raise LayoutError(f"no devices for {', '.join(missing)}")
     return Layout(text=text, roles=roles)
 
 
-def _parse_part(part: str) -> tuple[tuple[str, ...], int, dict[str, int]]:
-    """Roles, devices and named axes of a part such as "learning=4:data2,fsdp2"."""
-    match = re.fullmatch(r"([a-z+]+)=([0-9]+)(?::([a-z0-9,]+))?", part)
+def _parse_part(part: str) -> tuple[tuple[str, ...], int, int | None, dict[str, int]]:
+    """Roles, devices, the first of them and axes of a part such as "learning=4@2:data2,fsdp2"."""
+    match = re.fullmatch(r"([a-z+]+)=([0-9]+)(?:@([0-9]+))?(?::([a-z0-9,]+))?", part)
     if not match or int(match[2]) < 1:
-        raise LayoutError(f"{part!r} is not ROLE[+ROLE]=DEVICES[:AXISn,AXISn]")
+        raise LayoutError(f"{part!r} is not ROLE[+ROLE]=DEVICES[@FIRST][:AXISn,AXISn]")
     names = ROLES if match[1] == "colocated" else tuple(match[1].split("+"))
     for name in names:
         if name not in ROLES:
             raise LayoutError(f"{name!r} is no role; roles: colocated, {', '.join(ROLES)}")
     known = [axis for axis in AXES["learning"] if any(axis in AXES[name] for name in names)]
     given: dict[str, int] = {}
-    for item in match[3].split(",") if match[3] else ():
+    for item in match[4].split(",") if match[4] else ():
         axis = re.fullmatch(r"([a-z]+)([0-9]+)", item)
         if not axis or int(axis[2]) < 1:
             raise LayoutError(f"{item!r} is not AXISn, such as data2")
@@ -105,7 +144,8 @@ def _parse_part(part: str) -> tuple[tuple[str, ...], int, dict[str, int]]:
         if axis[1] in given:
             raise LayoutError(f"axis {axis[1]!r} is given twice in {part!r}")
         given[axis[1]] = int(axis[2])
-    return names, int(match[2]), given
+    first = None if match[3] is None else int(match[3])
+    return names, int(match[2]), first, given
 
 
 def _mesh_axes(role: str, num_devices: int, given: dict[str, int]) -> dict[str, int]:

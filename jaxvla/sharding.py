@@ -7,6 +7,7 @@ and outputs.
 """
 
 import logging
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -56,6 +57,12 @@ def batch_sharding(mesh: Mesh, *, axis: int = 0) -> NamedSharding:
     """Splits dimension `axis` over every mesh axis that holds different samples."""
     names = tuple(name for name in ("data", "fsdp") if name in mesh.axis_names)
     return NamedSharding(mesh, PartitionSpec(*(None,) * axis, names))
+
+
+def fitting_sharding(mesh: Mesh, size: int, *, axis: int = 0) -> NamedSharding:
+    """`batch_sharding` of a dimension of `size`; whole copies where that does not divide."""
+    shards = math.prod(mesh.shape.get(name, 1) for name in ("data", "fsdp"))
+    return replicated(mesh) if size % shards else batch_sharding(mesh, axis=axis)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

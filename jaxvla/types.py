@@ -174,8 +174,14 @@ class TrainingBatch:
     trace: Any
     behavior_log_prob: jax.Array
     """float32, of the weights that acted."""
-    behavior_value: jax.Array
-    """float32, critic at acting time."""
+    proximal_log_prob: jax.Array
+    """float32, of the weights that ratios are taken to: those that the update starts from, or
+    those that acted where no correction asks for the difference."""
+    proximal_value: jax.Array
+    """float32, the critic that the targets are made with and V is kept close to: at acting time
+    or at the start of the update."""
+    staleness: jax.Array
+    """int32, updates between the weights that acted and those that the update starts from."""
     advantage: jax.Array
     """float32."""
     return_: jax.Array

@@ -7,6 +7,7 @@ import typing
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from jaxvla.assignment import validate_servers
 from jaxvla.config import ConfigError, ExperimentConfig, override
 from jaxvla.layout import Layout, LayoutError, parse_layout
 
@@ -93,6 +94,7 @@ _RANGES = (
             "simulation.envs_per_group",
             "simulation.segment_length",
             "simulation.lease_s",
+            "serving.num_servers",
             "schedule.publish_interval",
             "learning.num_updates",
             "learning.trajectories_per_update",
@@ -122,7 +124,7 @@ _RANGES = (
         allowed="must be in [0, 3600000], at most an hour",
         holds=lambda x: 0 <= x <= 3.6e6,
         fix=20.0,
-        names=("serving.max_wait_ms",),
+        names=("serving.max_wait_ms", "serving.deadline_ms"),
     ),
     _Range(
         allowed="must be in (0, 3600], at most an hour",
@@ -161,18 +163,6 @@ _RANGES = (
         names=("checkpoint.keep",),
     ),
     _Range(
-        allowed="must be local",
-        holds=lambda x: x == "local",
-        fix="local",
-        names=("runtime.kind",),
-    ),
-    _Range(
-        allowed="must be default, high or highest",
-        holds=lambda x: x in ("default", "high", "highest"),
-        fix="default",
-        names=("runtime.matmul_precision",),
-    ),
-    _Range(
         allowed="must be letters, digits, '_', '-' or '.', as it names the work directory",
         holds=lambda x: re.fullmatch(r"\w[\w.-]*", x) is not None,
         fix="run",
@@ -185,6 +175,11 @@ _RANGES = (
         names=_of_optimizers("trainable"),
     ),
 )
+_CHOICES = {
+    "runtime.kind": ("local",),
+    "runtime.matmul_precision": ("default", "high", "highest"),
+    "serving.batching": ("fixed", "adaptive"),
+}
 
 
 def _get(config: ExperimentConfig, name: str) -> Any:
@@ -273,6 +268,9 @@ def _validate_ranges(config: ExperimentConfig) -> None:
             default = _default(fields[name], rule.fix)
             fix = default if rule.holds(default) else rule.fix
             _require(config, name, rule.holds(_get(config, name)), rule.allowed, fix)
+    for name, choices in _CHOICES.items():
+        allowed = f"must be {' or '.join(choices)}"
+        _require(config, name, _get(config, name) in choices, allowed, choices[0])
     horizon = config.model.action_horizon
     _require(
         config,
@@ -364,13 +362,20 @@ def _validate_batches(config: ExperimentConfig, layout: Layout) -> None:
     axes = layout.roles["learning"].axes
     shards = axes["data"] * axes["fsdp"]
     both = math.lcm(data, shards)
-    for count, what in (
-        (data, f"the simulation mesh's data axis, {data}"),
-        (shards, f"the learning mesh's data x fsdp = {shards}: trajectories are split by envs"),
+    # An update's trajectories are joined before they are split, unless they stream in one by one.
+    joined = 1 if config.schedule.stream_microbatches else config.learning.trajectories_per_update
+    times = f"times learning.trajectories_per_update = {joined} " if joined > 1 else ""
+    for size, count, what in (
+        (envs, data, f"must be a multiple of the simulation mesh's data axis, {data}"),
+        (
+            envs * joined,
+            shards,
+            f"{times}must be a multiple of the learning mesh's data x fsdp = "
+            f"{shards}: trajectories are split by envs",
+        ),
     ):
         fix = both * max(1, envs // both)
-        holds = envs % count == 0
-        _require(config, "simulation.envs_per_group", holds, f"must be a multiple of {what}", fix)
+        _require(config, "simulation.envs_per_group", size % count == 0, what, fix)
     _require(
         config,
         "warm_start.batch_size",
@@ -382,10 +387,11 @@ def _validate_batches(config: ExperimentConfig, layout: Layout) -> None:
 
 def _validate_serving(config: ExperimentConfig, layout: Layout) -> None:
     serving, envs = config.serving, config.simulation.envs_per_group
-    data = layout.roles["serving"].axes["data"]
-    max_batch = serving.max_batch
+    where, max_batch = layout.roles["serving"], serving.max_batch
+    num_groups = validate_servers(config, where)
+    data = where.axes["data"] // (serving.num_servers if serving.split_devices else 1)
     if max_batch == -1:
-        max_batch = envs * config.simulation.num_groups
+        max_batch = envs * num_groups
     _require(
         config,
         "serving.max_batch",
@@ -414,6 +420,11 @@ def _validate_serving(config: ExperimentConfig, layout: Layout) -> None:
         f"must be <= the largest batch, {max_batch} rows",
         max_batch,
     )
+    wait_ms, deadline_ms = serving.max_wait_ms, serving.deadline_ms
+    allowed = (
+        f"must be 0 or above serving.max_wait_ms = {wait_ms}, which a request may be held back"
+    )
+    _require(config, "serving.deadline_ms", not 0 < deadline_ms <= wait_ms, allowed, 0.0)
     _validate_buckets(config, max_batch, data)
 
 
@@ -425,7 +436,7 @@ def _validate_buckets(config: ExperimentConfig, max_batch: int, data: int) -> No
         "serving.buckets",
         all(bucket > 0 and bucket % data == 0 for bucket in buckets)
         and list(buckets) == sorted(set(buckets)),
-        f"must ascend and be multiples of the serving mesh's data axis, {data} (without buckets, "
+        f"must ascend and be multiples of a policy server's data axis, {data} (without buckets, "
         f"simulation.envs_per_group = {envs} must be)",
         f"({data * -(-max_batch // data)},)",
     )

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxvla.layout import AXES, ROLES, LayoutError, parse_layout
@@ -68,6 +68,9 @@ def test_data_takes_what_is_left():
         ("colocated=8:fsdp", "'fsdp' is not AXISn"),
         ("colocated=8:fsdp0", "'fsdp0' is not AXISn"),
         ("colocated=8:fsdp2,", "is not AXISn"),
+        ("colocated=8@", "is not ROLE"),
+        ("colocated=8@-1", "is not ROLE"),
+        ("colocated=8:data8@1", "is not ROLE"),
         ("colocated=8:fsdp3", "8 devices do not divide by 3"),
         ("colocated=8:data2,fsdp2", "do not multiply to 8"),
     ],
@@ -77,7 +80,7 @@ def test_malformed_layouts_are_refused(text: str, complaint: str):
         parse_layout(text)
 
 
-@given(st.text(alphabet="colatedsimuwrngfp+=:,0123456789 ²١", max_size=40))
+@given(st.text(alphabet="colatedsimuwrngfp+=:@,0123456789 ²١", max_size=40))
 def test_any_text_gives_a_layout_or_a_layout_error(text: str):
     try:
         layout = parse_layout(text)
@@ -108,3 +111,73 @@ def test_axes_multiply_to_devices_and_parts_do_not_overlap(
         assert math.prod(where.axes.values()) == where.num_devices == counts[role]
         taken += range(where.first, where.first + where.num_devices)
     assert sorted(taken) == list(range(layout.num_devices))
+
+
+def test_any_overlap_can_be_said():
+    layout = parse_layout("simulation=1@3 serving=4@0 learning=4:fsdp2")
+    assert {role: list(where.devices) for role, where in layout.roles.items()} == {
+        "simulation": [3],
+        "serving": [0, 1, 2, 3],
+        "learning": [4, 5, 6, 7],  # after the part before it, not after the last device
+    }
+    assert layout.num_devices == 8 and layout.placement == "hybrid"
+    assert layout.occupants() == [
+        (range(0, 3), ("serving",)),
+        (range(3, 4), ("simulation", "serving")),
+        (range(4, 8), ("learning",)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "placement"),
+    [
+        ("simulation=2@1 serving=2@1 learning=2@1", "colocated"),
+        ("learning=2@4 serving=2@2 simulation=2@0", "disaggregated"),
+        ("simulation=2@0 serving=2@1 learning=2@4", "hybrid"),  # all unlike, but two overlap
+        ("simulation=1@0 serving=1@0 learning=2@0", "hybrid"),
+    ],
+)
+def test_placement_is_what_shares_devices(text: str, placement: str):
+    assert parse_layout(text).placement == placement
+
+
+def test_devices_of_no_role_are_left_out():
+    layout = parse_layout("simulation+serving=1@2 learning=1@5")
+    assert layout.num_devices == 6
+    assert layout.occupants() == [
+        (range(2, 3), ("simulation", "serving")),
+        (range(5, 6), ("learning",)),
+    ]
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 5)), min_size=3, max_size=3))
+def test_occupants_are_the_devices_by_role(spans: list[tuple[int, int]]):
+    parts = [f"{role}={n}@{first}" for role, (n, first) in zip(ROLES, spans, strict=True)]
+    layout = parse_layout(" ".join(parts))
+    found = {d: roles for devices, roles in layout.occupants() for d in devices}
+    expected = {
+        device: tuple(
+            role
+            for role, (n, first) in zip(ROLES, spans, strict=True)
+            if first <= device < first + n
+        )
+        for device in range(layout.num_devices)
+    }
+    assert found == {device: roles for device, roles in expected.items() if roles}
+    together = {len(roles) for roles in found.values()}
+    assert (layout.placement == "disaggregated") == (together == {1})
+    assert (layout.placement == "colocated") == (together == {3})
+
+
+def test_equal_parts_of_a_role():
+    role = parse_layout("simulation=2 serving=8:tensor2 learning=1").roles["serving"]
+    assert [str(part) for part in role.split(2)] == [
+        "devices 2-5, data2,tensor2",
+        "devices 6-9, data2,tensor2",
+    ]
+    assert role.split(1) == (role,)
+    assert [list(part.devices) for part in role.split(4)] == [[2, 3], [4, 5], [6, 7], [8, 9]]
+    for count in (3, 8):  # 8 devices, of which tensor needs pairs
+        with pytest.raises(LayoutError, match=f"of 4 does not divide into {count} parts"):
+            role.split(count)

@@ -252,9 +252,33 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(place: pathlib.Path):
         "2 trajectories x 8 envs x 4 chunk queries = 64 samples per update",
         "2 epochs x 2 minibatches of 32 samples",
         "staleness  bound 1, published every 1",
+        "1 policy server, round_robin; buckets (8,), trigger 8 rows",
         "leaves are split over devices:",
     ):
         assert part in plan
+    assert " share devices" not in plan
+
+
+def test_a_dry_run_says_who_shares_devices_and_who_answers_whom(place: pathlib.Path):
+    code, out, err = _main(
+        _DEBUG,
+        "--dry_run",
+        "--config.meshes.layout=simulation=1@3 serving=4@0 learning=2@4",
+        "--config.serving.num_servers=2",
+        "--config.serving.split_devices",
+        "--config.serving.assignment=1,0,1",
+        "--config.simulation.num_groups=3",
+    )
+    assert (code, err) == (0, "")
+    plan = out.partition("\n\n")[2].splitlines()
+    for line in (
+        "layout     simulation=1@3 serving=4@0 learning=2@4 (hybrid), 8 devices present",
+        "  simulation + serving share devices 3",
+        "  server_0   devices 0-1, data2,tensor1, answers group_1",
+        "  server_1   devices 2-3, data2,tensor1, answers group_0, group_2",
+    ):
+        assert line in plan, out
+    assert sum(" share devices" in line for line in plan) == 1
 
 
 def test_more_devices_than_there_are(place: pathlib.Path):

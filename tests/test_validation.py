@@ -15,6 +15,7 @@ from jaxvla.envs import ENVS
 from jaxvla.envs.libero_host import LiberoHostConfig
 from jaxvla.envs.tabletop import Tabletop
 from jaxvla.registry import Registry
+from jaxvla.runtime.build import _resolve_serving as _resolved_serving
 from jaxvla.runtime.build import draw_blueprint
 from jaxvla.validation import validate, validate_devices
 
@@ -70,6 +71,13 @@ _REFUSED = [
     {"serving__max_batch": 4},
     {"serving__max_batch": 12},
     {"serving__max_batch": 0},
+    {"serving__num_servers": 0},
+    {"serving__num_servers": 3},  # of 2 groups
+    {"serving__assignment": "nearest"},
+    {"serving__assignment": "0"},
+    {"serving__assignment": "0,1"},  # one server
+    {"serving__assignment": "0,0", "serving__num_servers": 2},
+    {"serving__split_devices": True, "serving__num_servers": 2},  # one device
     {"serving__trigger_size": 9},
     {"serving__trigger_size": -2},
     {"serving__max_wait_ms": -1.0},
@@ -173,7 +181,52 @@ def test_the_debug_config_as_changed_by_tests_is_valid_otherwise():
     validate(_debug(optimizer__learning_rate=1))  # an integer is a number
     validate(_debug(env__name="package.module:Env"))
     validate(_debug(seed=2**32 - 1))
+    validate(_debug(serving__num_servers=2, serving__assignment="1,0"))
+    validate(_debug(serving__num_servers=2, serving__assignment="greedy"))
     validate(_debug(model__value_widths=()))
+
+
+def test_batches_are_sized_for_the_groups_of_one_server():
+    """8 envs in each of 6 groups."""
+    for assignment, num_groups in (("round_robin", 3), ("greedy", 3), ("0,1,1,1,1,1", 5)):
+        settings = {"serving__assignment": assignment, "serving__num_servers": 2}
+        config = _debug(simulation__num_groups=6, serving__max_batch=-1, **settings)
+        serving = _resolved_serving(config)
+        assert serving.max_batch == 8 * num_groups
+        assert serving.buckets == tuple(range(8, 8 * num_groups + 1, 8))
+
+
+def test_buckets_divide_over_the_devices_of_one_server():
+    """Four serving devices: each of two servers has two."""
+    settings = {"meshes__layout": "simulation=1 serving=4 learning=1", "serving__num_servers": 2}
+    for is_split, multiple in ((False, 4), (True, 2)):
+        config = _debug(
+            serving__split_devices=is_split, serving__buckets=(8 + multiple,), **settings
+        )
+        validate(config)
+        config.serving.buckets = (8 + multiple // 2,)
+        with pytest.raises(ConfigError, match=rf"policy server's data axis, {multiple} "):
+            validate(config)
+
+
+@pytest.mark.parametrize("per_update", [1, 4])
+def test_trajectories_of_an_update_divide_together_unless_they_stream(per_update: int):
+    """One env a group, four learning devices."""
+    settings = {
+        "meshes__layout": "simulation=1@0 serving=1@0 learning=4@0:fsdp4",
+        "simulation__envs_per_group": 1,
+        "serving__max_batch": 1,
+        "warm_start__num_steps": 0,
+        "warm_start__num_grounding_steps": 0,
+        "learning__trajectories_per_update": per_update,
+    }
+    if per_update == 4:
+        validate(_debug(**settings))
+        settings |= {"schedule__stream_microbatches": True}
+        settings |= {"algorithm__num_epochs": 1, "algorithm__num_minibatches": 1}
+        settings |= {"algorithm__standardize_advantages": False}
+    with pytest.raises(ConfigError, match=r"envs_per_group = 1: .*data x fsdp = 4"):
+        validate(_debug(**settings))
 
 
 @pytest.mark.parametrize(("ids", "is_fine"), [((), True), ((3, 0), True), ((0, 3, 0), False)])

@@ -4,7 +4,7 @@ from typing import Protocol
 
 import jax
 
-from jaxvla.algorithms.policy import TrainablePolicy
+from jaxvla.algorithms.policy import Evaluation, TrainablePolicy
 from jaxvla.types import Params, TrainingBatch, Trajectory
 
 Metrics = dict[str, jax.Array]
@@ -14,11 +14,24 @@ Metrics = dict[str, jax.Array]
 class Algorithm(Protocol):
     """Turns trajectories into targets and targets into a loss."""
 
-    def prepare(self, trajectory: Trajectory) -> TrainingBatch:
+    @property
+    def needs_evaluation(self) -> bool:
+        """Whether `prepare` reads an evaluation at the weights that the update starts from."""
+        ...
+
+    def prepare(
+        self, trajectory: Trajectory, *, version: jax.Array, evaluation: Evaluation | None
+    ) -> TrainingBatch:
         """Advantages and returns of [T, B] trajectories; runs outside the gradient.
 
         Every number of a sample of weight 0 is finite: what is computed from it is thrown away,
         but a gradient multiplies it by zero first.
+
+        Args:
+          trajectory: samples of weights up to `version`.
+          version: int32 [], of the weights that the update starts from.
+          evaluation: of the samples at those weights, arbitrary (also NaN) where they are not
+            valid; None unless `needs_evaluation`.
         """
         ...
 

@@ -2,9 +2,20 @@
 
 from typing import Any, Protocol
 
+import flax.struct
 import jax
 
 from jaxvla.types import Params
+
+
+@flax.struct.dataclass(kw_only=True)
+class Evaluation:
+    """Samples of a trajectory, scored at the weights that an update starts from."""
+
+    log_prob: jax.Array
+    """float32 [T, B]."""
+    value: jax.Array
+    """float32 [T, B]."""
 
 
 class TrainablePolicy(Protocol):

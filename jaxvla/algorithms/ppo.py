@@ -4,14 +4,16 @@ One action chunk is one decision: one reward (summed over its executed steps), o
 one advantage and one log-prob.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxvla.algorithms import losses, returns
+from jaxvla.algorithms import corrections, losses, returns
 from jaxvla.algorithms.base import Metrics
-from jaxvla.algorithms.policy import TrainablePolicy
+from jaxvla.algorithms.corrections import CORRECTIONS, CorrectionConfig, Proximal
+from jaxvla.algorithms.policy import Evaluation, TrainablePolicy
 from jaxvla.config import AlgorithmConfig, ConfigError, override
 from jaxvla.types import Params, TrainingBatch, Trajectory
 
@@ -40,6 +42,12 @@ class PPOConfig(AlgorithmConfig):
     """Weight of the entropy bonus."""
     standardize_advantages: bool = True
     """Advantages are standardised over the whole batch of an update."""
+    correction: CorrectionConfig = field(default_factory=CorrectionConfig)
+    """For samples of older weights than those that the update starts from."""
+    recompute_value: bool = False
+    """Targets are made with the critic that the update starts from, not with that of acting
+    time; vtrace always does. Only `Trajectory.bootstrap_value` stays that of acting time: the
+    observations it belongs to are not in the trajectory."""
 
     def validate(self) -> None:
         """Raises ConfigError on a value out of range."""
@@ -55,6 +63,7 @@ class PPOConfig(AlgorithmConfig):
             if not holds:
                 fix = override(f"algorithm.{name}", getattr(PPOConfig(), name))
                 raise ConfigError(f"algorithm.{name}", getattr(self, name), allowed, fix)
+        self.correction.validate("algorithm.correction")
 
     def whole_batch_settings(self) -> tuple[str, ...]:
         """Switches, now on, that need statistics of the whole batch of an update."""
@@ -66,23 +75,24 @@ class PPO:
 
     def __init__(self, config: PPOConfig):
         self.config = config
+        self._correction = CORRECTIONS[config.correction.kind]
+        self._uses_present_value = config.recompute_value or self._correction.has_vtrace_targets
 
-    def prepare(self, trajectory: Trajectory) -> TrainingBatch:
-        """Advantages by GAE and returns A + V; see `Algorithm.prepare`."""
-        terminated = trajectory.terminated
-        if not self.config.bootstrap_truncated:
-            terminated |= trajectory.truncated
-        advantage = returns.generalized_advantages(
-            reward=trajectory.reward,
-            value=trajectory.value,
-            bootstrap_value=trajectory.bootstrap_value,
-            terminated=terminated,
-            truncated=trajectory.truncated,
-            valid=trajectory.valid,
-            discount=self.config.discount,
-            trace_decay=self.config.trace_decay,
-        )
-        return_ = advantage + trajectory.value
+    @property
+    def needs_evaluation(self) -> bool:
+        """See `Algorithm.needs_evaluation`."""
+        return self._correction.needs_evaluation or self._uses_present_value
+
+    def prepare(
+        self, trajectory: Trajectory, *, version: jax.Array, evaluation: Evaluation | None
+    ) -> TrainingBatch:
+        """Advantages and returns by GAE or V-trace; see `Algorithm.prepare`."""
+        staleness = jnp.maximum(version - trajectory.policy_version, 0)
+        present = corrections.at_start_of_update(trajectory, staleness, evaluation)
+        is_recomputed = self._correction.proximal is Proximal.RECOMPUTED
+        log_prob = present.log_prob if is_recomputed else trajectory.behavior_log_prob
+        value = present.value if self._uses_present_value else trajectory.value
+        advantage, return_ = self._targets(trajectory, log_prob, value)
         weight = trajectory.valid.astype(jnp.float32)
         if self.config.standardize_advantages:
             advantage = returns.standardize(advantage, weight)
@@ -90,37 +100,67 @@ class PPO:
             observation=trajectory.observation,
             trace=trajectory.trace,
             behavior_log_prob=trajectory.behavior_log_prob,
-            behavior_value=trajectory.value,
+            proximal_log_prob=log_prob,
+            proximal_value=value,
+            staleness=staleness,
             advantage=advantage,
             return_=return_,
             weight=weight,
         )
         return losses.blank_unused(batch, weight)
 
+    def _targets(
+        self, trajectory: Trajectory, log_prob: jax.Array, value: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """(advantage, return) [T, B], given log-probs and values of the present weights."""
+        config, terminated = self.config, trajectory.terminated
+        if not config.bootstrap_truncated:
+            terminated |= trajectory.truncated
+        outcomes: dict[str, Any] = {
+            "reward": trajectory.reward,
+            "value": value,
+            "bootstrap_value": trajectory.bootstrap_value,
+            "terminated": terminated,
+            "truncated": trajectory.truncated,
+            "valid": trajectory.valid,
+            "discount": config.discount,
+            "trace_decay": config.trace_decay,
+        }
+        if self._correction.has_vtrace_targets:
+            return returns.vtrace(
+                **outcomes,
+                log_ratio=log_prob - trajectory.behavior_log_prob,
+                rho_cap=config.correction.rho_cap,
+                trace_cap=config.correction.trace_cap,
+            )
+        advantage = returns.generalized_advantages(**outcomes)
+        return advantage, advantage + value
+
     def loss(
         self, policy: TrainablePolicy, params: Params, batch: TrainingBatch
     ) -> tuple[jax.Array, Metrics]:
         """Clipped surrogate + value loss - entropy bonus; see `Algorithm.loss`."""
-        config = self.config
+        config, is_used = self.config, batch.weight > 0.0
         log_prob, entropy, value = policy.evaluate(params, batch.observation, batch.trace)
-        log_ratio = jnp.where(batch.weight > 0.0, log_prob - batch.behavior_log_prob, 0.0)
-        ratio = jnp.exp(log_ratio)
-        policy_loss = losses.weighted_mean(
-            losses.clipped_surrogate(
-                ratio, batch.advantage, clip_low=config.clip_low, clip_high=config.clip_high
-            ),
-            batch.weight,
+        log_ratio, before = (
+            jnp.where(is_used, x, 0.0) for x in self._correction.split(log_prob, batch)
         )
+        ratio = jnp.exp(log_ratio)
+        behavior_weight, is_capped = self._correction.weigh(before, config.correction)
+        surrogate = losses.clipped_surrogate(
+            ratio, batch.advantage, clip_low=config.clip_low, clip_high=config.clip_high
+        )
+        policy_loss = losses.weighted_mean(behavior_weight * surrogate, batch.weight)
         value_loss = losses.weighted_mean(
             losses.clipped_value_error(
-                value, batch.behavior_value, batch.return_, clip=config.value_clip
+                value, batch.proximal_value, batch.return_, clip=config.value_clip
             ),
             batch.weight,
         )
         entropy_mean = losses.weighted_mean(entropy, batch.weight)
         total = policy_loss + config.value_coef * value_loss - config.entropy_coef * entropy_mean
         is_clipped = (ratio < 1.0 - config.clip_low) | (ratio > 1.0 + config.clip_high)
-        return total, {
+        metrics = {
             "loss/policy": policy_loss,
             "loss/value": value_loss,
             "loss/entropy": entropy_mean,
@@ -128,7 +168,15 @@ class PPO:
             "ratio/mean": losses.weighted_mean(ratio, batch.weight),
             "ratio/max": jnp.max(ratio * batch.weight),
             "clip_fraction": losses.weighted_mean(is_clipped.astype(jnp.float32), batch.weight),
-            # E[(r - 1) - log r], the low-variance estimator of KL(behavior || policy)
+            # E[(r - 1) - log r], the low-variance estimator of KL(proximal || policy)
             # (http://joschu.net/blog/kl-approx.html). As expm1, for r - 1 rounds small ones off.
             "approx_kl": losses.weighted_mean(jnp.expm1(log_ratio) - log_ratio, batch.weight),
         }
+        if self._correction.proximal is Proximal.BEHAVIOR:
+            return total, metrics
+        return total, metrics | corrections.metrics(
+            log_ratio=before,
+            behavior_weight=behavior_weight,
+            is_capped=is_capped,
+            weight=batch.weight,
+        )

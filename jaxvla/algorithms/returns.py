@@ -47,7 +47,7 @@ def generalized_advantages(
 
     Args:
       reward: chunk rewards.
-      value: critic at acting time.
+      value: critic, at acting time or at the start of the update.
       bootstrap_value: see `next_values`.
       terminated: the episode ended inside the chunk.
       truncated: the episode was cut by its time limit inside the chunk.
@@ -55,9 +55,7 @@ def generalized_advantages(
       discount: gamma per chunk, in [0, 1].
       trace_decay: lambda, in [0, 1].
     """
-    following = next_values(value, bootstrap_value, truncated)
-    target = reward + discount * jnp.where(terminated, 0.0, following)
-    delta = jnp.where(valid, target - value, 0.0)
+    delta = _errors(reward, value, bootstrap_value, terminated, truncated, valid, discount)
     decay = discount * trace_decay * (valid & ~terminated & ~truncated)
 
     def backward(later: Array, step: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -67,6 +65,71 @@ def generalized_advantages(
 
     _, advantages = jax.lax.scan(backward, jnp.zeros_like(delta[0]), (delta, decay), reverse=True)
     return advantages
+
+
+def vtrace(
+    *,
+    log_ratio: Float[Array, "T B"],
+    reward: Float[Array, "T B"],
+    value: Float[Array, "T B"],
+    bootstrap_value: Float[Array, "T B"],
+    terminated: Bool[Array, "T B"],
+    truncated: Bool[Array, "T B"],
+    valid: Bool[Array, "T B"],
+    discount: float,
+    trace_decay: float,
+    rho_cap: float,
+    trace_cap: float,
+) -> tuple[Float[Array, "T B"], Float[Array, "T B"]]:
+    """V-trace over action chunks: (advantages, value targets).
+
+        v_s = V_s + sum_{t >= s} gamma^(t-s) (prod_{s <= i < t} c_i) rho_t delta_t
+        A_s = r_s + gamma ((1 - lambda) V_{s+1} + lambda v_{s+1}) - V_s
+
+    with rho_t = min(rho_cap, p / b), c_i = lambda min(trace_cap, p / b) and the error delta_t of
+    `generalized_advantages`: Espeholt et al. 2018, eq. 1 and remark 2
+    (https://arxiv.org/abs/1802.01561). A is the advantage of their section 4.2, less the rho_s of
+    the sample itself, which weighs its policy loss; lambda enters it as it enters v, so that for
+    p = b it is `generalized_advantages` to the bit, and v is A + V.
+
+    Ends of episodes and invalid steps are treated as in `generalized_advantages`.
+
+    Args:
+      log_ratio: log p / b, of the policy that the targets are for to the one that acted. At
+        invalid steps it is not read.
+      value: the critic whose targets these are.
+      rho_cap: it decides which policy v is the value of: without a cap p.
+      trace_cap: it decides how far errors travel, not what v converges to.
+    """
+    delta = _errors(reward, value, bootstrap_value, terminated, truncated, valid, discount)
+    decay = discount * trace_decay * (valid & ~terminated & ~truncated)
+    ratio = jnp.where(valid, jnp.exp(log_ratio), 0.0)
+    weighted = jnp.minimum(rho_cap, ratio) * delta
+    trace = jnp.minimum(trace_cap, ratio) * decay
+
+    def backward(later: Array, step: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
+        delta_t, decay_t, weighted_t, trace_t = step
+        correction = weighted_t + trace_t * later
+        return correction, (delta_t + decay_t * later, correction)
+
+    steps = (delta, decay, weighted, trace)
+    _, (advantages, to_v) = jax.lax.scan(backward, jnp.zeros_like(delta[0]), steps, reverse=True)
+    return advantages, value + to_v
+
+
+def _errors(
+    reward: Array,
+    value: Array,
+    bootstrap_value: Array,
+    terminated: Array,
+    truncated: Array,
+    valid: Array,
+    discount: float,
+) -> Array:
+    """delta_t of the critic, [T, B]; 0 at invalid steps."""
+    following = next_values(value, bootstrap_value, truncated)
+    target = reward + discount * jnp.where(terminated, 0.0, following)
+    return jnp.where(valid, target - value, 0.0)
 
 
 def standardize(

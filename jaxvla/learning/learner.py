@@ -130,7 +130,9 @@ class Learner:
             return None
         with self._meter.busy("train"):
             batch = self._functions.prepare(
-                self.state.params, [self._functions.place(x.payload) for x in items]
+                self.state.params,
+                [self._functions.place(x.payload) for x in items],
+                jnp.int32(self.progress.version),
             )
             steps = []
             for epoch in range(self._algorithm.num_epochs):
@@ -152,7 +154,9 @@ class Learner:
                 return None
             with self._meter.busy("train"):
                 payload = self._functions.place(items[0].payload)
-                part, metrics = self._functions.gradient(self.state.params, payload)
+                part, metrics = self._functions.gradient(
+                    self.state.params, payload, jnp.int32(self.progress.version)
+                )
                 parts.append(metrics)
                 weights.append(jnp.copy(part.weight))  # the sum it goes into is donated
                 total = part if total is None else self._functions.accumulate(total, part)
@@ -186,7 +190,7 @@ class Learner:
         self.num_env_steps += info.num_env_steps
         add, episodes = self._recorder.add, info.episodes
         add("rate/env_steps_per_s", info.num_env_steps, Rate)
-        add("rate/useful_env_steps_per_s", info.num_env_steps, Rate)
+        add("rate/useful_env_steps_per_s", info.num_useful_env_steps, Rate)
         add("rate/episodes_per_s", len(episodes.success), Rate)
         add("train/success_rate", episodes.success.astype(np.float64), Mean)
         add("train/return_mean", episodes.return_, Mean)

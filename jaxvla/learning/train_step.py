@@ -5,6 +5,7 @@ a trajectory, and minibatches are drawn along time for each env column separatel
 never exchange samples, and the composition of a minibatch does not depend on the mesh.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from jax.sharding import Mesh
 
 from jaxvla import sharding
 from jaxvla.algorithms.base import Algorithm, Metrics
+from jaxvla.algorithms.losses import blank_unused
+from jaxvla.algorithms.policy import Evaluation
 from jaxvla.learning.optimizer import freeze, trained_norm
 from jaxvla.learning.train_state import TrainState, apply_gradients
 from jaxvla.models.base import Policy
@@ -61,6 +64,7 @@ class TrainFunctions:
         self._trainable = trainable
         self._num_minibatches = num_minibatches
         self._encode_once = encode_once
+        self._mesh = mesh
         self.columns = sharding.batch_sharding(mesh, axis=1)
         """Placement of [T, B] trajectories."""
         self.rows = sharding.batch_sharding(mesh)
@@ -78,17 +82,50 @@ class TrainFunctions:
         self.apply = jax.jit(self._apply_sum, donate_argnums=0, out_shardings=(shardings, whole))
 
     def place(self, trajectory: Trajectory) -> Trajectory:
-        """Moves a trajectory onto the learning mesh."""
-        return jax.device_put(trajectory, self.columns)
+        """Moves a trajectory onto the learning mesh. If its envs do not divide, every device gets
+        a copy, until `prepare` has joined it with others."""
+        num_envs = trajectory.reward.shape[1]
+        placed = sharding.fitting_sharding(self._mesh, num_envs, axis=1)
+        return jax.device_put(trajectory, placed)
 
-    def _prepare(self, params: Params, trajectories: Sequence[Trajectory]) -> TrainingBatch:
-        """Joins trajectories along their env axis and computes targets, [T, P*E, ...]."""
+    def _prepare(
+        self, params: Params, trajectories: Sequence[Trajectory], version: jax.Array
+    ) -> TrainingBatch:
+        """Joins trajectories along their env axis and computes targets, [T, P*E, ...].
+
+        Args:
+          params: weights that the update starts from.
+          trajectories: [T, E, ...] each.
+          version: int32 [], of those weights.
+        """
         joined = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *trajectories)
-        batch = self._algorithm.prepare(joined)
-        if not self._encode_once:
-            return batch
-        encode = jax.vmap(self._policy.encode, in_axes=(None, 0))
-        return batch.replace(observation=encode(params, batch.observation))
+        observed = blank_unused(joined.observation, joined.valid.astype(jnp.float32))
+        if self._encode_once:
+            observed = jax.vmap(self._policy.encode, in_axes=(None, 0))(params, observed)
+        evaluation = None
+        if self._algorithm.needs_evaluation:
+            evaluation = self._evaluate(params, observed, joined.trace)
+        batch = self._algorithm.prepare(joined, version=version, evaluation=evaluation)
+        return dataclasses.replace(batch, observation=observed)
+
+    def _evaluate(self, params: Params, observed: Any, trace: Any) -> Evaluation:
+        """Scores the samples [T, B] at the present weights, one time step after another: all at
+        once would need the memory of a forward pass over the whole batch.
+
+        Args:
+          params: present weights.
+          observed: [T, B, ...], observations, or their encodings with `encode_once`.
+          trace: [T, B, ...], of the samples.
+        """
+
+        def at(step: tuple[Any, Any]) -> Evaluation:
+            encoding, trace_t = step
+            if not self._encode_once:
+                encoding = self._policy.encode(params, encoding)
+            log_prob, _, value = self._policy.evaluate(params, encoding, trace_t)
+            return Evaluation(log_prob=log_prob, value=value)
+
+        return jax.lax.map(at, (observed, trace))
 
     def _draw(self, key: jax.Array, shape: tuple[int, int]) -> jax.Array:
         """int32 [T, B]: for every env column its own permutation of the time steps."""
@@ -114,7 +151,7 @@ class TrainFunctions:
             samples = batch
             if not is_encoded:
                 encoding = self._policy.encode(params, batch.observation)
-                samples = batch.replace(observation=encoding)
+                samples = dataclasses.replace(batch, observation=encoding)
             return self._algorithm.loss(self._policy, params, samples)
 
         (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
@@ -133,11 +170,13 @@ class TrainFunctions:
         norm = trained_norm(grads, self._trainable)
         return apply_gradients(state, grads, norm, self._optimizer), norm
 
-    def _gradient(self, params: Params, trajectory: Trajectory) -> tuple[GradientSum, Metrics]:
-        """Gradient of one trajectory's loss, for accumulation."""
-        batch = self._algorithm.prepare(trajectory)
+    def _gradient(
+        self, params: Params, trajectory: Trajectory, version: jax.Array
+    ) -> tuple[GradientSum, Metrics]:
+        """Gradient of one trajectory's loss, for accumulation; see `_prepare` for `version`."""
+        batch = self._prepare(params, [trajectory], version)
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
-        grads, metrics = self._loss_and_grad(params, flat, is_encoded=False)
+        grads, metrics = self._loss_and_grad(params, flat, self._encode_once)
         weight = flat.weight.sum()
         total = jax.tree.map(lambda g: weight * g, grads)
         return GradientSum(grads=total, weight=weight), metrics

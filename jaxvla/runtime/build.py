@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from jaxvla import rng, sharding
 from jaxvla.algorithms import ALGORITHMS
+from jaxvla.assignment import most_groups
 from jaxvla.checkpoint import Checkpointer
 from jaxvla.config import ConfigError, ExperimentConfig, OptimizerConfig, override
 from jaxvla.data.normalization import NormStats
@@ -134,8 +135,12 @@ def _require_frozen_encoder(blueprint: Blueprint) -> None:
 def _resolve_serving(config: ExperimentConfig) -> Any:
     """Fills the -1s of the serving section from the env groups."""
     serving, per_group = config.serving, config.simulation.envs_per_group
-    total = per_group * config.simulation.num_groups
-    max_batch = total if serving.max_batch == -1 else serving.max_batch
+    num_groups = most_groups(
+        serving.assignment,
+        num_groups=config.simulation.num_groups,
+        num_servers=serving.num_servers,
+    )
+    max_batch = per_group * num_groups if serving.max_batch == -1 else serving.max_batch
     trigger = per_group if serving.trigger_size == -1 else serving.trigger_size
     buckets = serving.buckets or tuple(range(per_group, max_batch + 1, per_group))
     return dataclasses.replace(
@@ -182,16 +187,25 @@ class Parts:
         return {role: sharding.make_mesh(x) for role, x in self.blueprint.layout.roles.items()}
 
     @functools.cached_property
+    def samplers(self) -> tuple[Sampler, ...]:
+        """Inference functions by policy server; not compiled yet. Servers on the same devices
+        share them."""
+        count, role = self.config.serving.num_servers, self.blueprint.layout.roles["serving"]
+        if not self.config.serving.split_devices:
+            return (self._make_sampler(self.meshes["serving"]),) * count
+        return tuple(self._make_sampler(sharding.make_mesh(part)) for part in role.split(count))
+
+    @functools.cached_property
     def sampler(self) -> Sampler:
-        """Inference functions on the serving mesh; not compiled yet."""
-        policy, mesh = self.blueprint.policy, self.meshes["serving"]
-        placed = sharding.params_shardings(
-            self.blueprint.params_struct(), policy.rules(), mesh, "serving"
-        )
+        """Those of the first policy server, which also evaluate."""
+        return self.samplers[0]
+
+    def _make_sampler(self, mesh: Mesh) -> Sampler:
+        policy, params = self.blueprint.policy, self.blueprint.params_struct()
         return Sampler(
             policy,
             mesh=mesh,
-            params_shardings=placed,
+            params_shardings=sharding.params_shardings(params, policy.rules(), mesh, "serving"),
             buckets=self.config.serving.buckets,
         )
 

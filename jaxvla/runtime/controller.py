@@ -29,11 +29,11 @@ from jaxvla.learning.warm_start import fit
 from jaxvla.runtime.build import Blueprint, Parts, Training
 from jaxvla.runtime.groups import Groups
 from jaxvla.runtime.local import LocalRuntime, ProgramFailedError
+from jaxvla.runtime.policy_servers import PolicyServers
 from jaxvla.runtime.self_check import LogProbCheck, PolicyMismatchError
 from jaxvla.runtime.telemetry import Telemetry
+from jaxvla.serving.adaptive import Tuner
 from jaxvla.serving.batcher import Batcher
-from jaxvla.serving.client import InferenceClient
-from jaxvla.serving.server import PolicyServer
 from jaxvla.simulation.simulator import GroupSnapshot, Simulator
 from jaxvla.telemetry.progress import RunSummary, Screen
 from jaxvla.telemetry.writers import RunInfo
@@ -161,13 +161,9 @@ class Controller:
                 if self.config.warm_start.num_steps and is_fresh:
                     jobs.append(pool.submit(self._groups.demonstrator.compile))
             blueprint = self._parts.blueprint
-            jobs.append(
-                pool.submit(
-                    self._parts.sampler.compile,
-                    blueprint.params_struct(),
-                    blueprint.observation_struct(1),
-                )
-            )
+            shapes = blueprint.params_struct(), blueprint.observation_struct(1)
+            samplers = dict.fromkeys(self._parts.samplers)
+            jobs += [pool.submit(sampler.compile, *shapes) for sampler in samplers]
             for job in jobs:
                 job.result()
 
@@ -261,13 +257,10 @@ class Controller:
 
     def _train(self, learner: Learner) -> None:
         """Evaluates the starting point, then runs the programs until the learner ends."""
-        batcher = self._batcher()
-        server = PolicyServer(
-            sampler=self._parts.sampler,
-            batcher=batcher,
-            subscribe=lambda wake: self._store.subscribe(
-                "server_0", self._parts.sampler.params_shardings, wake
-            ),
+        servers = PolicyServers(
+            self._parts,
+            make_batcher=self._batcher,
+            store=self._store,
             recorder=self._telemetry.recorder,
             meter=self._telemetry.meters["serving"],
         )
@@ -282,7 +275,7 @@ class Controller:
         groups = self._groups.training()
         simulator = Simulator(
             groups=groups,
-            clients=[InferenceClient(batcher, group.name) for group in groups],
+            clients=servers.clients(groups),
             queue=self._queue,
             key=rng.stream(self._parts.root, "simulator", 0),
             segment_length=self.config.simulation.segment_length,
@@ -292,7 +285,7 @@ class Controller:
         )
         simulator.restore(self._snapshots)
         self._telemetry.begin_training()
-        programs = (server, simulator, learner)
+        programs = (*servers.programs, simulator, learner)
         try:
             LocalRuntime(self._stop_requested).run(
                 programs, self._telemetry.meters, learner, self.config.runtime.grace_s / 2
@@ -308,11 +301,17 @@ class Controller:
         serving, simulation = self.config.serving, self.config.simulation
         total = simulation.envs_per_group * simulation.num_groups
         is_dynamic = self.config.schedule.overlap_rollout
+        deadline_s = serving.deadline_ms / 1e3 or float("inf")
+        tuner = Tuner(
+            buckets=serving.buckets, max_rows=serving.max_batch, longest_wait_s=deadline_s / 2
+        )
         return Batcher(
             trigger_rows=serving.trigger_size if is_dynamic else serving.max_batch,
             max_wait_s=serving.max_wait_ms / 1e3 if is_dynamic else float("inf"),
             max_rows=serving.max_batch,
             capacity_rows=max(total, serving.max_batch),
+            deadline_s=deadline_s,
+            tuner=tuner if is_dynamic and serving.batching == "adaptive" else None,
         )
 
     def _on_update(self, learner: Learner) -> None:

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 
 from jaxvla import rng
 from jaxvla.algorithms import ALGORITHMS
+from jaxvla.assignment import parse_assignment
 from jaxvla.config import to_dict
+from jaxvla.layout import span
 from jaxvla.learning.optimizer import freeze, make_optimizer
 from jaxvla.learning.train_state import init_state
 from jaxvla.runtime.build import Blueprint, Parts
@@ -27,6 +29,7 @@ def plan_lines(blueprint: Blueprint) -> Iterator[str]:
     yield from _mesh_lines(blueprint)
     yield from _memory_lines(blueprint)
     yield from _batch_lines(blueprint)
+    yield from _server_lines(blueprint)
     yield from _schedule_lines(blueprint)
 
 
@@ -35,6 +38,25 @@ def _mesh_lines(blueprint: Blueprint) -> Iterator[str]:
     yield f"layout     {layout.text} ({layout.placement}), {jax.device_count()} devices present"
     for role, where in layout.roles.items():
         yield f"  {role:<11}{where}"
+    for devices, roles in layout.occupants():
+        if len(roles) > 1:
+            yield f"  {' + '.join(roles)} share {span(devices)}"
+
+
+def _server_lines(blueprint: Blueprint) -> Iterator[str]:
+    """Policy servers: devices, and the env groups that they answer."""
+    serving, num_groups = blueprint.config.serving, blueprint.config.simulation.num_groups
+    count, role = serving.num_servers, blueprint.layout.roles["serving"]
+    servers = parse_assignment(serving.assignment, num_groups=num_groups, num_servers=count)
+    yield (
+        f"serving    {count} policy server{'s' if count > 1 else ''}, {serving.assignment}; "
+        f"buckets {serving.buckets}, trigger {serving.trigger_size} rows, "
+        f"wait at most {serving.max_wait_ms} ms"
+    )
+    parts = role.split(count) if serving.split_devices else (role,) * count
+    for index, part in enumerate(parts):
+        groups = [f"group_{g}" for g in range(num_groups) if servers and servers[g] == index]
+        yield f"  server_{index:<4}{part}, answers {', '.join(groups) or 'any env group'}"
 
 
 def _memory_lines(blueprint: Blueprint) -> Iterator[str]:
@@ -100,7 +122,9 @@ def _activation_bytes(blueprint: Blueprint, rows: int) -> int:
         observation=observation,
         trace=sample.trace,
         behavior_log_prob=scalar,
-        behavior_value=scalar,
+        proximal_log_prob=scalar,
+        proximal_value=scalar,
+        staleness=stand_in(jax.ShapeDtypeStruct((rows,), jnp.int32)),
         advantage=scalar,
         return_=scalar,
         weight=scalar,
@@ -140,10 +164,6 @@ def _batch_lines(blueprint: Blueprint) -> Iterator[str]:
     yield (
         f"  {config.algorithm.num_epochs} epochs x {config.algorithm.num_minibatches} minibatches "
         f"of {_minibatch_rows(blueprint)} samples"
-    )
-    yield (
-        f"serving    buckets {config.serving.buckets}, trigger {config.serving.trigger_size} rows, "
-        f"wait at most {config.serving.max_wait_ms} ms"
     )
 
 

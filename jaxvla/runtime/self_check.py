@@ -22,15 +22,14 @@ class LogProbCheck:
 
     def __init__(self, parts: Parts):
         self._parts = parts
-        rows = sharding.batch_sharding(parts.meshes["learning"])
         policy = parts.blueprint.policy
 
         def log_prob(params: Params, observation: Observation, trace: Any) -> jax.Array:
             return policy.evaluate(params, policy.encode(params, observation), trace)[0]
 
         self._log_prob = jax.jit(log_prob)
-        self._rows = rows
         self._num_rows = parts.sampler.buckets[0]
+        self._rows = sharding.fitting_sharding(parts.meshes["learning"], self._num_rows)
 
     @functools.cached_property
     def _observation(self) -> Observation:

@@ -12,6 +12,12 @@ A batch fires when any of these holds:
 It then takes everything queued of the oldest request's kind, in order of arrival, up to
 `max_rows`. A request is never split, and none overtakes an older one of its kind.
 
+`trigger_rows` and `max_wait_s` are fixed, or follow a tuner (`serving.adaptive`).
+
+A request that is `deadline_s` old and not in a batch yet is answered with `Expired`, by whoever
+calls `next_batch` or `submit` next, and never computed. A busy server does not call, so the
+answer may come late; a stuck one is for the runtime to notice.
+
 With `trigger_rows` = the rows of all clients and `max_wait_s` = inf this is lockstep: a batch
 fires when all have asked, and serves everybody. If they ask for different kinds, the batches
 of the other kinds follow without waiting for anyone.
@@ -29,9 +35,15 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+from jaxvla.serving.adaptive import Setting, Tuner
+
 
 class Busy(RuntimeError):  # noqa: N818 - an answer to the client, not a defect
     """The request was refused because too many rows are waiting. Try again later."""
+
+
+class Expired(RuntimeError):  # noqa: N818 - an answer to the client, not a defect
+    """The request waited beyond its deadline and was not computed. Try again."""
 
 
 class BatcherClosedError(RuntimeError):
@@ -50,6 +62,8 @@ class Request:
     payload: Any
     submitted_s: float
     """Clock reading at submission."""
+    expires_s: float
+    """Clock reading from which on it is no longer wanted; may be inf."""
     number: int
     """Order of arrival, from 0."""
     future: Future = field(default_factory=Future)
@@ -79,10 +93,13 @@ class Batcher:
       max_wait_s: longest time that the oldest waiting request is held back; may be inf.
       max_rows: rows per batch.
       capacity_rows: waiting rows beyond which `submit` refuses.
+      deadline_s: age at which a waiting request expires; may be inf.
+      tuner: chooses other values of `trigger_rows` and `max_wait_s` than those to start with.
       clock: monotonic seconds.
 
     Raises:
-      ValueError: unless 1 <= trigger_rows <= max_rows <= capacity_rows and max_wait_s >= 0.
+      ValueError: unless 1 <= trigger_rows <= max_rows <= capacity_rows, max_wait_s >= 0 and
+        deadline_s > 0.
     """
 
     def __init__(
@@ -92,6 +109,8 @@ class Batcher:
         max_wait_s: float,
         max_rows: int,
         capacity_rows: int,
+        deadline_s: float = math.inf,
+        tuner: Tuner | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         if not 1 <= trigger_rows <= max_rows <= capacity_rows:
@@ -101,10 +120,14 @@ class Batcher:
             )
         if not max_wait_s >= 0:
             raise ValueError(f"max_wait_s = {max_wait_s}, must be at least 0")
+        if not deadline_s > 0:
+            raise ValueError(f"deadline_s = {deadline_s}, must be positive")
         self._trigger_rows = trigger_rows
         self._max_wait_s = max_wait_s
         self._max_rows = max_rows
         self._capacity_rows = capacity_rows
+        self._deadline_s = deadline_s
+        self._tuner = tuner
         self.clock = clock
         """Monotonic seconds; `Request.submitted_s` is measured with it."""
         self._changed = threading.Condition()
@@ -114,6 +137,8 @@ class Batcher:
         self._num_submitted = 0
         self._num_due = 0
         """Requests with a smaller number have been left behind by a batch."""
+        self._num_refused = 0
+        self._num_expired = 0
         self._is_woken = False
         self._closed_reason: str | None = None
 
@@ -129,6 +154,25 @@ class Batcher:
         with self._changed:
             return self._rows()
 
+    @property
+    def setting(self) -> Setting:
+        """When a batch fires at present."""
+        with self._changed:
+            return Setting(trigger_rows=self._trigger_rows, max_wait_s=self._max_wait_s)
+
+    @property
+    def due_s(self) -> float:
+        """Clock reading at which `next_batch` has something to do if nothing happens before."""
+        with self._changed:
+            return self._due_s()
+
+    def take_turned_away(self) -> tuple[int, int]:
+        """Requests refused and requests expired since the last call."""
+        with self._changed:
+            counts = self._num_refused, self._num_expired
+            self._num_refused = self._num_expired = 0
+        return counts
+
     def register(self, client: str) -> None:
         """Adds a live client. Others are held back for its requests.
 
@@ -139,6 +183,8 @@ class Batcher:
             if client in self._clients:
                 raise ValueError(f"client {client!r} is registered already")
             self._clients.add(client)
+            if self._tuner is not None:
+                self._tuner.measurements.joined(client)
 
     def unregister(self, client: str) -> None:
         """Removes a client and cancels what it has waiting.
@@ -150,6 +196,8 @@ class Batcher:
             if client not in self._clients:
                 raise ValueError(f"client {client!r} is not registered")
             self._clients.remove(client)
+            if self._tuner is not None:
+                self._tuner.measurements.left(client)
             orphans = [request for request in self._waiting if request.client == client]
             self._waiting = [request for request in self._waiting if request.client != client]
             self._changed.notify_all()
@@ -171,19 +219,24 @@ class Batcher:
                 raise BatcherClosedError(self._closed_reason)
             if client not in self._clients:
                 raise ValueError(f"client {client!r} is not registered")
-            self._forget_cancelled()
+            now_s = self.clock()
+            self._drop_dead(now_s)
             if self._rows() + rows > self._capacity_rows:
+                self._num_refused += 1
                 raise Busy(f"{self._rows()} rows are waiting of at most {self._capacity_rows}")
             request = Request(
                 rows=rows,
                 client=client,
                 kind=kind,
                 payload=payload,
-                submitted_s=self.clock(),
+                submitted_s=now_s,
+                expires_s=now_s + self._deadline_s,
                 number=self._num_submitted,
             )
             self._num_submitted += 1
             self._waiting.append(request)
+            if self._tuner is not None:
+                self._tuner.measurements.asked(client, rows=rows, kind=kind, now_s=now_s)
             self._changed.notify_all()
         return request.future
 
@@ -195,6 +248,7 @@ class Batcher:
         Returns:
           The batch, or None on time-out, after `wake`, or when closed.
         """
+        self._tune()
         with self._changed:
             end_s = math.inf if timeout_s is None else self.clock() + timeout_s
             while self._closed_reason is None:
@@ -203,7 +257,7 @@ class Batcher:
                 if batch is not None or self._is_woken or now_s >= end_s:
                     self._is_woken = False
                     return batch
-                wake_s = min(end_s, self._oldest_s() + self._max_wait_s)
+                wake_s = min(end_s, self._due_s())
                 self._changed.wait(None if wake_s == math.inf else max(0.0, wake_s - now_s))
             return None
 
@@ -227,9 +281,24 @@ class Batcher:
             if request.future.set_running_or_notify_cancel():
                 request.future.set_exception(BatcherClosedError(reason))
 
+    def _tune(self) -> None:
+        """Tells the tuner that the server is back, and follows what it says."""
+        if self._tuner is None:
+            return
+        with self._changed:
+            now_s = self.clock()
+            self._tuner.measurements.finished(now_s)
+            present = Setting(trigger_rows=self._trigger_rows, max_wait_s=self._max_wait_s)
+            has_work = self._tuner.prepare(present, now_s)
+        setting = self._tuner.step() if has_work else None  # clients may submit meanwhile
+        if setting is not None:
+            with self._changed:
+                self._trigger_rows = setting.trigger_rows
+                self._max_wait_s = setting.max_wait_s
+
     def _due_batch(self, now_s: float) -> Batch | None:
         """The batch that fires now, if any."""
-        self._forget_cancelled()
+        self._drop_dead(now_s)
         while self._is_due(now_s):
             batch = self._fire(now_s)
             # A client may cancel between the line above and the one that locks its future.
@@ -262,13 +331,39 @@ class Batcher:
         self._num_due = self._num_submitted
         running = tuple(x for x in chosen if x.future.set_running_or_notify_cancel())
         waits_s = tuple(now_s - request.submitted_s for request in running)
+        if self._tuner is not None and running:
+            self._tuner.measurements.fired(
+                kind=kind,
+                rows=sum(request.rows for request in running),
+                clients=[request.client for request in running],
+                now_s=now_s,
+            )
         return Batch(kind=kind, requests=running, waits_s=waits_s)
 
-    def _forget_cancelled(self) -> None:
-        self._waiting = [request for request in self._waiting if not request.future.cancelled()]
+    def _drop_dead(self, now_s: float) -> None:
+        """Forgets cancelled requests, and answers the expired ones."""
+        waiting = [request for request in self._waiting if not request.future.cancelled()]
+        self._waiting = [request for request in waiting if now_s < request.expires_s]
+        for request in waiting:
+            if now_s >= request.expires_s and request.future.set_running_or_notify_cancel():
+                self._num_expired += 1
+                waited_s = now_s - request.submitted_s
+                request.future.set_exception(
+                    Expired(
+                        f"a request of {request.client!r} waited {waited_s:.3g} s, the deadline "
+                        f"is {self._deadline_s:.3g} s"
+                    )
+                )
 
     def _rows(self) -> int:
         return sum(request.rows for request in self._waiting)
 
     def _oldest_s(self) -> float:
         return self._waiting[0].submitted_s if self._waiting else math.inf
+
+    def _due_s(self) -> float:
+        """When the timer runs out or a request expires."""
+        return min(
+            self._oldest_s() + self._max_wait_s,
+            min((request.expires_s for request in self._waiting), default=math.inf),
+        )

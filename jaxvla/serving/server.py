@@ -42,6 +42,7 @@ class PolicyServer:
     def __init__(
         self,
         *,
+        name: str = "server",
         sampler: Sampler,
         batcher: Batcher,
         subscribe: Callable[[Callable[[], None]], WeightSubscription],
@@ -49,12 +50,14 @@ class PolicyServer:
         meter: ActivityMeter,
     ):
         """Args:
+        name: of its thread, in logs and traces.
         sampler: compiled before `run`.
         batcher: where requests wait.
         subscribe: makes the weight subscription from a wake-up callback.
         recorder: metrics.
         meter: busy / wait accounting.
         """
+        self._name = name
         self._sampler = sampler
         self._batcher = batcher
         self._subscription = subscribe(batcher.wake)
@@ -65,7 +68,7 @@ class PolicyServer:
 
     def threads(self) -> dict[str, Callable[[], None]]:
         """Thread name -> function, for the runtime to start."""
-        return {"server": self.run}
+        return {self._name: self.run}
 
     def run(self) -> None:
         """Serves until the batcher is closed."""
@@ -75,6 +78,7 @@ class PolicyServer:
                 self._swap_weights()
                 with self._meter.waiting("requests"):
                     batch = self._batcher.next_batch()
+                self._record_turned_away()
                 if batch is not None:
                     self._swap_weights()  # published before the batch was due: no later than it
                     self._serve(batch)
@@ -130,8 +134,16 @@ class PolicyServer:
         add("serving/latency_ms", latency_ms, Distribution)
         add("serving/batch_fill", batch.rows / bucket, Mean)
         add("serving/recompiles", self._compilations.take(), Total)
+        setting = self._batcher.setting
+        add("serving/trigger_rows", setting.trigger_rows, Mean)
+        add("serving/max_wait_ms", 1e3 * setting.max_wait_s, Mean)
         if batch.kind == "explore":
             add("rate/chunk_queries_per_s", batch.rows, Rate)
+
+    def _record_turned_away(self) -> None:
+        num_refused, num_expired = self._batcher.take_turned_away()
+        self._recorder.add("serving/refused", num_refused, Total)
+        self._recorder.add("serving/expired", num_expired, Total)
 
 
 class _CompilationCounter:

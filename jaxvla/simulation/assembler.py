@@ -37,7 +37,10 @@ class SegmentInfo:
     """The group's state after the segment, from which a restart continues."""
     episodes: EpisodeStats
     num_env_steps: int
-    """Control steps executed."""
+    """Control steps executed. None follows the end of an episode: the rest of that chunk is
+    not run."""
+    num_useful_env_steps: int
+    """Those in samples that are trained on."""
     num_queries: int
     """Chunk queries, one per env and chunk step."""
     num_invalid: int
@@ -134,12 +137,14 @@ class SegmentAssembler:
             length=results.episode_steps[ended],
         )
 
-    def counts(self) -> tuple[int, int, int]:
-        """(control steps, chunk queries, invalid samples)."""
+    def counts(self) -> tuple[int, int, int, int]:
+        """(control steps, those in valid samples, chunk queries, invalid samples)."""
+        results = jax.tree.map(lambda *x: np.stack(x), *self._results)
         return (
-            int(sum(result.num_steps.sum() for result in self._results)),
-            int(sum(len(result.reward) for result in self._results)),
-            int(sum(result.invalid.sum() for result in self._results)),
+            int(results.num_steps.sum()),
+            int(results.num_steps[~results.invalid].sum()),
+            results.invalid.size,
+            int(results.invalid.sum()),
         )
 
 

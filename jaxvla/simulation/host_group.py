@@ -60,29 +60,45 @@ class HostEnvGroup:
         self._task = (self._numbers % len(spec.tasks)).astype(np.int32)
         self._steps = np.zeros(num_envs, np.int32)
         self._returns = np.zeros(num_envs, np.float32)
+        self._resetting: dict[int, int] = {}
+        """Env -> seed of the episode that it has been asked to begin."""
         self._final_images: Any = None
         self._faults: dict[str, int] = {}
         self._pool = make_pool(num_envs)
 
     def reset(self, cursor: Cursor) -> Observation:
         """See EnvGroup.reset. The episode counters, not the cursor, decide the seeds."""
-        self._begin(range(self.num_envs))
-        return self._observe()
+        for env in range(self.num_envs):
+            self._begin(env)
+        return self._fresh()
 
     def reset_to(self, tasks: np.ndarray, seeds: np.ndarray) -> Observation:
         """See EnvGroup.reset_to."""
         self._task = tasks.astype(np.int32)
-        self._reset(dict(enumerate(seeds.astype(np.uint32).tolist())))
-        return self._observe()
+        for env, seed in enumerate(seeds.astype(np.uint32).tolist()):
+            self._submit_reset(env, seed)
+        return self._fresh()
 
     def step_chunk(self, actions: np.ndarray, cursor: Cursor) -> ChunkResult:
-        """See EnvGroup.step_chunk."""
+        """See EnvGroup.step_chunk. An env whose episode ends begins the next one at once, while
+        others still run their chunk."""
         limits = np.asarray(self.spec.max_episode_steps)[self._task]
+        left = limits - self._steps
         for env in range(self.num_envs):
-            count = min(self._num_executed, int(limits[env] - self._steps[env]))
+            count = min(self._num_executed, int(left[env]))
             self._pool.submit_step_chunk(env, np.asarray(actions[env, :count], np.float32))
-        results = self._collect(range(self.num_envs))
-        return self._outcome([results[env] for env in range(self.num_envs)], limits)
+        results = [HostResult()] * self.num_envs
+        images, state = np.empty_like(self._pool.images), np.empty_like(self._pool.state)
+        stepping = set(range(self.num_envs))
+        while stepping or self._resetting:
+            for env, result in self._answers():
+                stepping.remove(env)
+                results[env] = result
+                images[env], state[env] = self._pool.images[env], self._pool.state[env]
+                if result.failed or result.success or result.num_steps == left[env]:
+                    self._begin(env)
+        self._note_faults()
+        return self._outcome(results, limits, self._observation(images, state))
 
     def frames(self, rows: Sequence[int]) -> list[np.ndarray]:
         """See EnvGroup.frames: the one frame that the policy reads after each chunk."""
@@ -110,19 +126,20 @@ class HostEnvGroup:
         """Ends the worker processes."""
         self._pool.close()
 
-    def _outcome(self, results: list[HostResult], limits: np.ndarray) -> ChunkResult:
-        """Books a chunk, restarts what has ended, and reports."""
+    def _outcome(
+        self, results: list[HostResult], limits: np.ndarray, final: Observation
+    ) -> ChunkResult:
+        """Books a chunk whose ended episodes have been followed by new ones, and reports."""
         invalid = np.asarray([result.failed for result in results])
         success = np.asarray([result.success for result in results]) & ~invalid
         reward = np.where(invalid, 0.0, [result.reward for result in results]).astype(np.float32)
         num_steps = np.where(invalid, 0, [result.num_steps for result in results]).astype(np.int32)
-        self._steps += num_steps
-        self._returns += reward
-        truncated = (self._steps >= limits) & ~success & ~invalid
-        task, steps, returns = self._task.copy(), self._steps.copy(), self._returns.copy()
-        final = self._observe()
+        steps, returns = self._steps + num_steps, self._returns + reward
+        truncated = (steps >= limits) & ~success & ~invalid
+        ended = success | truncated | invalid
+        self._steps, self._returns = steps.copy(), returns.copy()
+        self._steps[ended], self._returns[ended] = 0, 0.0
         self._final_images = final.images
-        self._begin(np.flatnonzero(success | truncated | invalid))
         return ChunkResult(
             observation=self._observe(),
             final_observation=final,
@@ -133,41 +150,41 @@ class HostEnvGroup:
             num_steps=num_steps,
             episode_return=returns,
             episode_steps=steps,
-            task=task,
+            task=self._task.copy(),
             invalid=invalid,
         )
 
-    def _begin(self, envs: Sequence[int] | np.ndarray) -> None:
-        """Starts the next episode of some envs."""
-        seeds = {}
-        for env in map(int, envs):
-            self._episodes[env] += 1
-            entropy = (self._seed, int(self._numbers[env]), int(self._episodes[env]))
-            seeds[env] = int(np.random.SeedSequence(entropy).generate_state(1)[0])
-        self._reset(seeds)
+    def _begin(self, env: int) -> None:
+        """Asks for the next episode of an env."""
+        self._episodes[env] += 1
+        entropy = (self._seed, int(self._numbers[env]), int(self._episodes[env]))
+        self._submit_reset(env, int(np.random.SeedSequence(entropy).generate_state(1)[0]))
 
-    def _reset(self, seeds: dict[int, int]) -> None:
-        """Resets envs to given seeds; one whose worker fails is reset again in its successor."""
-        waiting = dict(seeds)
-        while waiting:
-            for env, seed in waiting.items():
-                self._pool.submit_reset(env, task=int(self._task[env]), seed=seed)
-            results = self._collect(waiting)
-            for env in list(waiting):
-                if not results[env].failed:
-                    self._steps[env], self._returns[env] = 0, 0.0
-                    del waiting[env]
+    def _submit_reset(self, env: int, seed: int) -> None:
+        self._resetting[env] = seed
+        self._pool.submit_reset(env, task=int(self._task[env]), seed=seed)
 
-    def _collect(self, envs: Any) -> dict[int, HostResult]:
-        """Answers of some envs, whichever comes first; counts workers that were replaced."""
-        pending, results = set(envs), {}
-        while pending:
-            for env in self._pool.wait(math.inf):
-                if env in pending:
-                    results[env] = self._pool.collect(env)
-                    pending.remove(env)
+    def _answers(self) -> list[tuple[int, HostResult]]:
+        """Waits for the next answers of any kind, and gives those to chunks. Where a worker fails
+        in a reset, its successor is asked for the same one."""
+        chunks = []
+        for env in self._pool.wait(math.inf):
+            result = self._pool.collect(env)
+            if env not in self._resetting:
+                chunks.append((env, result))
+            elif result.failed:
+                self._submit_reset(env, self._resetting[env])
+            else:
+                del self._resetting[env]
+        return chunks
+
+    def _fresh(self) -> Observation:
+        """Waits until every env has begun its episode; what the policy reads then."""
+        while self._resetting:
+            self._answers()
         self._note_faults()
-        return results
+        self._steps[:], self._returns[:] = 0, 0.0
+        return self._observe()
 
     def _note_faults(self) -> None:
         for cause, count in self._pool.restarts.items():
@@ -178,9 +195,10 @@ class HostEnvGroup:
 
     def _observe(self) -> Observation:
         """Copies the shared rows: workers overwrite them."""
+        return self._observation(np.array(self._pool.images), np.array(self._pool.state))
+
+    def _observation(self, images: np.ndarray, state: np.ndarray) -> Observation:
         seen = EnvObservation(
-            images=stand_in(np.array(self._pool.images)),
-            state=stand_in(np.array(self._pool.state)),
-            instruction=stand_in(self._task),
+            images=stand_in(images), state=stand_in(state), instruction=stand_in(self._task)
         )
         return self._table.complete(seen)

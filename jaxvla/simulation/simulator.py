@@ -9,7 +9,7 @@ unblocked by  the learner's progress (credit), the policy server, close of the q
 import functools
 import logging
 from collections.abc import Callable
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,8 @@ import numpy as np
 
 from jaxvla import rng
 from jaxvla.serving.batcher import BatcherClosedError
-from jaxvla.serving.client import Answer, InferenceClient
-from jaxvla.serving.sampling import row_keys
+from jaxvla.serving.client import Answer, PendingAnswer
+from jaxvla.serving.routing import RoutedClient
 from jaxvla.simulation.assembler import SegmentAssembler, SegmentInfo
 from jaxvla.simulation.group import Cursor, EnvGroup
 from jaxvla.telemetry.activity import ActivityMeter
@@ -43,11 +43,23 @@ class _Lane:
     """One env group with its way to the policy server."""
 
     group: EnvGroup
-    client: InferenceClient
+    client: RoutedClient
     key: jax.Array
     """Typed root key of the group's sampling noise."""
     segment: int = 0
     observation: Observation | None = None
+    is_joined: bool = False
+
+    def join(self) -> None:
+        """From now on the server holds batches back for this lane's requests."""
+        self.client.join()
+        self.is_joined = True
+
+    def leave(self) -> None:
+        """It does so no longer."""
+        if self.is_joined:
+            self.is_joined = False
+            self.client.leave()
 
 
 class _StoppedError(Exception):
@@ -68,7 +80,7 @@ class Simulator:
         self,
         *,
         groups: list[EnvGroup],
-        clients: list[InferenceClient],
+        clients: list[RoutedClient],
         queue: TrajectoryQueue,
         key: jax.Array,
         segment_length: int,
@@ -143,7 +155,7 @@ class Simulator:
     def _segment(self, lanes: list[_Lane], tickets: list[Ticket]) -> None:
         """One trajectory per lane. A failure gives the tickets back before it goes on."""
         for lane in lanes:
-            lane.client.join()
+            lane.join()
         try:
             assemblers = [SegmentAssembler() for _ in lanes]
             for chunk in range(self._segment_length):
@@ -160,15 +172,14 @@ class Simulator:
             raise
         finally:
             for lane in lanes:
-                lane.client.leave()
+                lane.leave()
 
     def _chunk(self, lanes: list[_Lane], assemblers: list[SegmentAssembler], chunk: int) -> None:
         """One chunk step of every lane: ask for all, wait for all, step all."""
         futures = []
         for lane in lanes:
-            key = rng.stream(lane.key, "explore", lane.segment, chunk)
-            keys = row_keys(key, lane.group.num_envs)
-            futures.append(self._submit(lane, "explore", lane.observation, keys))
+            keys = _explore_keys(lane.key, lane.segment, chunk, lane.group.num_envs)
+            futures.append(self._submit(lane, "explore", lane.observation, np.asarray(keys)))
         answers = [self._wait(future) for future in futures]
         for lane, assembler, answer in zip(lanes, assemblers, answers, strict=True):
             with self._meter.busy("simulate"):
@@ -184,7 +195,9 @@ class Simulator:
         """Values that the trajectories need beyond their own, by lane.
 
         Clients are closed-loop, one request at a time; the first query of every lane goes out
-        together, further ones (many time limits in one segment) follow one by one.
+        together, further ones (many time limits in one segment) follow one by one. A lane that
+        has all of its values leaves: a server in lockstep would wait for its next request, and
+        the others for the server.
         """
         queries = []
         for lane, assembler in zip(lanes, assemblers, strict=True):
@@ -193,6 +206,8 @@ class Simulator:
         values: list[list[np.ndarray]] = [[] for _ in lanes]
         for index in range(max(len(parts) for parts in queries)):
             asking = [i for i, parts in enumerate(queries) if index < len(parts)]
+            for i in set(range(len(lanes))).difference(asking):
+                lanes[i].leave()
             futures = [
                 self._submit(lanes[i], "value", queries[i][index], _no_keys(queries[i][index]))
                 for i in asking
@@ -205,7 +220,7 @@ class Simulator:
         self, lane: _Lane, ticket: Ticket, assembler: SegmentAssembler, values: list[np.ndarray]
     ) -> None:
         trajectory = assembler.finish(values)
-        num_env_steps, num_queries, num_invalid = assembler.counts()
+        num_env_steps, num_useful, num_queries, num_invalid = assembler.counts()
         oldest, newest = assembler.versions()
         lane.segment += 1
         info = SegmentInfo(
@@ -214,6 +229,7 @@ class Simulator:
             end_state=lane.group.state(),
             episodes=assembler.episodes(),
             num_env_steps=num_env_steps,
+            num_useful_env_steps=num_useful,
             num_queries=num_queries,
             num_invalid=num_invalid,
         )
@@ -227,18 +243,27 @@ class Simulator:
             info=info,
         )
 
-    def _submit(self, lane: _Lane, kind: str, observation: Any, keys: np.ndarray) -> Future:
+    def _submit(self, lane: _Lane, kind: str, observation: Any, keys: np.ndarray) -> PendingAnswer:
         try:
-            return lane.client.submit(kind, observation, keys)
+            return PendingAnswer(lambda: lane.client.submit(kind, observation, keys))
         except BatcherClosedError as error:
             raise _StoppedError from error
 
-    def _wait(self, future: Future) -> Answer:
+    def _wait(self, pending: PendingAnswer) -> Answer:
         try:
             with self._meter.waiting("inference"):
-                return future.result()
+                return pending.result()
         except (BatcherClosedError, CancelledError) as error:
             raise _StoppedError from error
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _explore_keys(key: jax.Array, segment: int, chunk: int, num_rows: int) -> jax.Array:
+    """`serving.sampling.row_keys` of a chunk's stream. One compiled call, as this is all the
+    computing between an env step and its query: op by op it takes ten times as long."""
+    return jax.random.key_data(
+        jax.random.split(rng.stream(key, "explore", segment, chunk), num_rows)
+    )
 
 
 def _no_keys(observation: Observation) -> np.ndarray:

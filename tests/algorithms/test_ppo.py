@@ -7,81 +7,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scaled_policy import PARAMS, B, N, ScaledPolicy, T, loss_and_grad, make_batch, make_trajectory
 
-from jaxvla.algorithms import ALGORITHMS
+from jaxvla.algorithms import ALGORITHMS, losses
 from jaxvla.algorithms.ppo import PPO, PPOConfig
 from jaxvla.config import ConfigError
 from jaxvla.types import Observation, Params, TrainingBatch, Trajectory
-
-T, B, N = 4, 3, 12
-
-
-class ScaledPolicy:
-    """Scores sample n as params * trace[n]: every input of a sample reaches the gradient."""
-
-    def evaluate(
-        self, params: Params, observation: Observation, trace: Any
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        x = trace * observation.state[..., 0]
-        return params["log_prob"] * x, params["entropy"] * x, params["value"] * x
-
-
-PARAMS = {"log_prob": jnp.float32(0.7), "entropy": jnp.float32(0.3), "value": jnp.float32(-0.4)}
-
-
-def observation(*shape: int) -> Observation:
-    return Observation(
-        images=jnp.zeros((*shape, 1, 2, 2, 3), jnp.uint8),
-        image_mask=jnp.ones((*shape, 1), bool),
-        state=jnp.ones((*shape, 1)),
-        tokens=jnp.zeros((*shape, 2), jnp.int32),
-        token_mask=jnp.ones((*shape, 2), bool),
-    )
-
-
-def trajectory(seed: int = 0) -> Trajectory:
-    rng = np.random.default_rng(seed)
-
-    def normal() -> Any:
-        return rng.normal(size=(T, B)).astype(np.float32)
-
-    terminated: Any = np.eye(T, B, dtype=bool)
-    truncated: Any = np.eye(T, B, k=1, dtype=bool)
-    valid: Any = np.ones((T, B), bool)
-    version: Any = np.zeros((T, B), np.int32)
-    return Trajectory(
-        observation=observation(T, B),
-        trace=normal(),
-        behavior_log_prob=normal(),
-        value=normal(),
-        reward=normal(),
-        terminated=terminated,
-        truncated=truncated,
-        bootstrap_value=normal(),
-        valid=valid,
-        policy_version=version,
-    )
-
-
-def batch(seed: int = 0, **changes: Any) -> TrainingBatch:
-    rng = np.random.default_rng(seed)
-    fields: dict[str, Any] = {
-        name: jnp.asarray(rng.normal(size=N), jnp.float32)
-        for name in ("trace", "behavior_log_prob", "behavior_value", "advantage", "return_")
-    }
-    fields |= {"weight": jnp.ones(N), "observation": observation(N)}
-    return TrainingBatch(**(fields | changes))
 
 
 def ppo(**settings: Any) -> PPO:
     return PPO(PPOConfig(**settings))
 
 
-def loss_and_grad(algorithm: PPO, samples: TrainingBatch) -> tuple[Any, Params]:
-    def loss(params: Params) -> tuple[jax.Array, Any]:
-        return algorithm.loss(ScaledPolicy(), params, samples)
+def acted(samples: TrainingBatch, log_prob: Any) -> TrainingBatch:
+    """The samples as if weights that gave them `log_prob` had made them and begun the update."""
+    return dataclasses.replace(samples, behavior_log_prob=log_prob, proximal_log_prob=log_prob)
 
-    return jax.jit(jax.value_and_grad(loss, has_aux=True))(PARAMS)
+
+def prepare(algorithm: PPO, record: Trajectory) -> TrainingBatch:
+    """Without staleness."""
+    return algorithm.prepare(record, version=jnp.int32(0), evaluation=None)
 
 
 def test_registry_names_ppo() -> None:
@@ -89,21 +34,22 @@ def test_registry_names_ppo() -> None:
 
 
 def test_targets() -> None:
-    record = trajectory()
-    made = ppo(discount=0.5, trace_decay=0.0, standardize_advantages=False).prepare(record)
+    record = make_trajectory()
+    made = prepare(ppo(discount=0.5, trace_decay=0.0, standardize_advantages=False), record)
     t, b = 3, 1  # goes on beyond the record
     expected = record.reward[t, b] + 0.5 * record.bootstrap_value[t, b] - record.value[t, b]
     np.testing.assert_allclose(made.advantage[t, b], expected, rtol=1e-5)
     np.testing.assert_allclose(made.return_, made.advantage + record.value, rtol=1e-6)
     np.testing.assert_array_equal(made.behavior_log_prob, record.behavior_log_prob)
-    np.testing.assert_array_equal(made.behavior_value, record.value)
+    np.testing.assert_array_equal(made.proximal_log_prob, record.behavior_log_prob)
+    np.testing.assert_array_equal(made.proximal_value, record.value)
     np.testing.assert_array_equal(made.trace, record.trace)
     assert made.weight.dtype == jnp.float32 and np.all(made.weight == 1.0)
 
 
 def test_only_the_advantage_is_standardized() -> None:
-    plain = ppo(standardize_advantages=False).prepare(trajectory())
-    scaled = ppo(standardize_advantages=True).prepare(trajectory())
+    plain = prepare(ppo(standardize_advantages=False), make_trajectory())
+    scaled = prepare(ppo(standardize_advantages=True), make_trajectory())
     raw = np.asarray(plain.advantage, np.float64)
     np.testing.assert_allclose(
         scaled.advantage, (raw - raw.mean()) / raw.std(), rtol=1e-4, atol=1e-5
@@ -115,7 +61,7 @@ def test_invalid_steps_change_no_other_target() -> None:
     """Every number of an invalid step but the critic's is NaN; as weight they get 0."""
     valid = np.ones((T, B), bool)
     valid[2, 0] = valid[3, 2] = False
-    record = dataclasses.replace(trajectory(), valid=valid)
+    record = dataclasses.replace(make_trajectory(), valid=valid)
     noisy = dataclasses.replace(
         record,
         reward=np.where(valid, record.reward, np.nan),
@@ -123,15 +69,16 @@ def test_invalid_steps_change_no_other_target() -> None:
         trace=np.where(valid, record.trace, np.nan),
         behavior_log_prob=np.where(valid, record.behavior_log_prob, np.nan),
     )
-    clean, made = (ppo().prepare(x) for x in (record, noisy))
+    clean, made = (prepare(ppo(), x) for x in (record, noisy))
     np.testing.assert_array_equal(made.weight, valid)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(made))
     for name in ("advantage", "return_"):
         np.testing.assert_array_equal(getattr(made, name), getattr(clean, name))
 
 
 def test_loss_and_metrics_equal_float64() -> None:
     weight = np.array([1, 1, 0, 1] * 3, np.float64)
-    samples = batch(weight=jnp.asarray(weight, jnp.float32))
+    samples = make_batch(weight=jnp.asarray(weight, jnp.float32))
     settings = {"clip_low": 0.1, "clip_high": 0.3, "value_clip": 0.2, "value_coef": 0.7}
     (total, metrics), _ = loss_and_grad(ppo(entropy_coef=0.05, **settings), samples)
 
@@ -141,7 +88,7 @@ def test_loss_and_metrics_equal_float64() -> None:
         for v in (samples.behavior_log_prob, samples.advantage, samples.return_)
     )
     ratio = np.exp(0.7 * x - old)
-    v, v_old = -0.4 * x, np.asarray(samples.behavior_value, np.float64)
+    v, v_old = -0.4 * x, np.asarray(samples.proximal_value, np.float64)
     near = v_old + np.clip(v - v_old, -0.2, 0.2)
 
     def mean(values: np.ndarray) -> float:
@@ -168,8 +115,8 @@ def test_loss_and_metrics_equal_float64() -> None:
 
 def test_at_ratio_1_the_gradient_is_the_policy_gradient() -> None:
     """Sutton et al. 1999: the mean of -A grad log pi."""
-    samples = batch()
-    samples = dataclasses.replace(samples, behavior_log_prob=PARAMS["log_prob"] * samples.trace)
+    samples = make_batch()
+    samples = acted(samples, PARAMS["log_prob"] * samples.trace)
     (_, metrics), grads = loss_and_grad(ppo(value_coef=0.0), samples)
     expected = -np.mean(np.float64(samples.advantage) * np.float64(samples.trace))
     np.testing.assert_allclose(grads["log_prob"], expected, rtol=1e-5)
@@ -181,7 +128,7 @@ def test_at_ratio_1_the_gradient_is_the_policy_gradient() -> None:
 
 
 def test_entropy_is_raised_and_the_value_error_lowered() -> None:
-    samples = batch()
+    samples = make_batch()
     _, grads = loss_and_grad(ppo(value_coef=2.0, entropy_coef=0.5, value_clip=1e6), samples)
     x = np.asarray(samples.trace, np.float64)
     np.testing.assert_allclose(grads["entropy"], -0.5 * x.mean(), rtol=1e-5)
@@ -191,16 +138,16 @@ def test_entropy_is_raised_and_the_value_error_lowered() -> None:
 
 def test_samples_of_weight_0_change_nothing_not_even_as_nan() -> None:
     used = np.arange(N) % 3 != 1
-    samples = batch()
+    samples = make_batch()
 
     def spoil(x: jax.Array) -> jax.Array:
         if not jnp.issubdtype(x.dtype, jnp.floating):
             return x
         return jnp.where(used.reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.nan)
 
-    spoiled = dataclasses.replace(
-        jax.tree.map(spoil, samples), weight=jnp.asarray(used, jnp.float32)
-    )
+    weight = jnp.asarray(used, jnp.float32)
+    spoiled = dataclasses.replace(jax.tree.map(spoil, samples), weight=weight)
+    spoiled = losses.blank_unused(spoiled, weight)  # as `prepare` does
     kept = jax.tree.map(lambda x: x[used], samples)
     algorithm = ppo(entropy_coef=0.1)
     (loss, metrics), grads = loss_and_grad(algorithm, spoiled)
@@ -221,8 +168,9 @@ def test_an_unlikely_looking_blank_sample_does_not_overflow() -> None:
                 params, dataclasses.replace(observation, state=jnp.ones((N, 1))), trace + 300.0
             )
 
-    samples = batch(weight=jnp.ones(N).at[5].set(0.0))
-    samples = dataclasses.replace(samples, behavior_log_prob=0.7 * (samples.trace + 300.0))
+    samples = make_batch(weight=jnp.ones(N).at[5].set(0.0))
+    samples = acted(samples, 0.7 * (samples.trace + 300.0))
+    samples = losses.blank_unused(samples, samples.weight)
 
     def loss(params: Params) -> jax.Array:
         return ppo().loss(Shifted(), params, samples)[0]
@@ -231,7 +179,8 @@ def test_an_unlikely_looking_blank_sample_does_not_overflow() -> None:
 
 
 def test_a_batch_without_weight_has_no_gradient() -> None:
-    samples = batch(weight=jnp.zeros(N), trace=jnp.full(N, jnp.nan))
+    samples = make_batch(weight=jnp.zeros(N), trace=jnp.full(N, jnp.nan))
+    samples = losses.blank_unused(samples, samples.weight)
     (loss, metrics), grads = loss_and_grad(ppo(), samples)
     assert float(loss) == 0.0
     assert all(np.isfinite(x) for x in metrics.values())
@@ -239,10 +188,8 @@ def test_a_batch_without_weight_has_no_gradient() -> None:
 
 
 def test_nan_of_a_used_sample_shows() -> None:
-    samples = batch()
-    samples = dataclasses.replace(
-        samples, behavior_log_prob=samples.behavior_log_prob.at[3].set(jnp.nan)
-    )
+    samples = make_batch()
+    samples = acted(samples, samples.behavior_log_prob.at[3].set(jnp.nan))
     (loss, _), grads = loss_and_grad(ppo(), samples)
     assert np.isnan(loss) and np.isnan(grads["log_prob"])
 

@@ -9,44 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from returns_reference import Arrays, following_value, reference, vtrace_reference
 
 from jaxvla.algorithms import returns
 
-Arrays = dict[str, Any]
-
 # The discounts are traced, so that a test compiles once per shape.
 jitted = jax.jit(returns.generalized_advantages)
+jitted_vtrace = jax.jit(returns.vtrace)
 standardize = jax.jit(returns.standardize)
 
 
 def advantages(arrays: Arrays, *, discount: float, trace_decay: float) -> np.ndarray:
     return np.asarray(jitted(**arrays, discount=discount, trace_decay=trace_decay))
-
-
-def following_value(arrays: Arrays, t: int, b: int) -> float:
-    """V of the observation after step t of the same episode; 0 after a true end."""
-    if arrays["terminated"][t, b]:
-        return 0.0
-    if arrays["truncated"][t, b] or t == len(arrays["reward"]) - 1:
-        return float(arrays["bootstrap_value"][t, b])
-    return float(arrays["value"][t + 1, b])
-
-
-def reference(arrays: Arrays, discount: float, trace_decay: float) -> np.ndarray:
-    """A_t = sum_k (gamma lambda)^(k-t) delta_k over the steps k of t's episode, in float64."""
-    T, B = arrays["reward"].shape
-    result = np.zeros((T, B))
-    for b in range(B):
-        for t in range(T):
-            for k in range(t, T):
-                if not arrays["valid"][k, b]:
-                    break
-                reward, value = float(arrays["reward"][k, b]), float(arrays["value"][k, b])
-                delta = reward + discount * following_value(arrays, k, b) - value
-                result[t, b] += (discount * trace_decay) ** (k - t) * delta
-                if arrays["terminated"][k, b] or arrays["truncated"][k, b]:
-                    break
-    return result
 
 
 @st.composite
@@ -135,17 +109,21 @@ def test_lambda_0_is_the_one_step_error(arrays: Arrays, discount: float) -> None
 @settings(max_examples=30, deadline=None)
 @given(arrays=trajectories(max_invalid=0), discount=st.floats(0.0, 1.0))
 def test_lambda_1_is_monte_carlo(arrays: Arrays, discount: float) -> None:
-    """A + V is the discounted reward of the rest of the episode, bootstrapped where it is cut."""
     actual = advantages(arrays, discount=discount, trace_decay=1.0) + arrays["value"]
-    expected = np.zeros(actual.shape)
-    for b in range(3):
+    np.testing.assert_allclose(actual, monte_carlo(arrays, discount), atol=2e-5)
+
+
+def monte_carlo(arrays: Arrays, discount: float) -> np.ndarray:
+    """Discounted rewards of the rest of the episode, bootstrapped where it is cut, in float64."""
+    result = np.zeros(arrays["reward"].shape)
+    for b in range(result.shape[1]):
         later = 0.0
-        for t in reversed(range(len(actual))):
+        for t in reversed(range(len(result))):
             goes_on = not (arrays["terminated"][t, b] or arrays["truncated"][t, b])
-            if not goes_on or t == len(actual) - 1:
+            if not goes_on or t == len(result) - 1:
                 later = following_value(arrays, t, b)
-            later = expected[t, b] = float(arrays["reward"][t, b]) + discount * later
-    np.testing.assert_allclose(actual, expected, atol=2e-5)
+            later = result[t, b] = float(arrays["reward"][t, b]) + discount * later
+    return result
 
 
 @pytest.mark.parametrize("ending", ["terminated", "truncated"])
@@ -161,6 +139,162 @@ def test_nothing_of_the_next_episode_is_read(ending: str) -> None:
     before, after = (advantages(x, discount=0.9, trace_decay=0.9) for x in (arrays, changed))
     np.testing.assert_array_equal(before[:2], after[:2])
     assert (before[2] != after[2]).all()
+
+
+def vtrace(
+    arrays: Arrays,
+    *,
+    discount: float,
+    trace_decay: float,
+    rho_cap: float = 1.0,
+    trace_cap: float = 1.0,
+) -> tuple[np.ndarray, np.ndarray]:
+    advantage, v = jitted_vtrace(
+        **arrays,
+        discount=discount,
+        trace_decay=trace_decay,
+        rho_cap=rho_cap,
+        trace_cap=trace_cap,
+    )
+    return np.asarray(advantage), np.asarray(v)
+
+
+def with_log_ratio(arrays: Arrays, log_ratio: Any) -> Arrays:
+    """NaN at the invalid steps, where it must not be read."""
+    full = np.broadcast_to(np.asarray(log_ratio, np.float32), arrays["reward"].shape)
+    return arrays | {"log_ratio": np.where(arrays["valid"], full, np.float32(np.nan))}
+
+
+@st.composite
+def off_policy(draw: Callable[..., Any], low: float = -3.0) -> Arrays:
+    """Trajectories of a policy whose ratio to the other is between exp(low) and exp(3)."""
+    arrays = draw(trajectories())
+    elements = st.floats(low, 3.0, width=32)
+    return with_log_ratio(
+        arrays, draw(hnp.arrays(np.float32, arrays["reward"].shape, elements=elements))
+    )
+
+
+def test_vtrace_hand_values() -> None:
+    """As above, with p / b = 4 at t = 0 and 1 / 2 at the other steps; gamma = lambda = 1 / 2."""
+    log_ratio = np.log([[4.0], [0.5], [0.5]])
+    arrays = with_log_ratio(four_cases(), log_ratio)
+    advantage, v = vtrace(arrays, discount=0.5, trace_decay=0.5, rho_cap=3.0, trace_cap=2.0)
+    # rho = 3, 1/2, 1/2 and gamma c = 1/2, 1/8, 1/8 where the episode goes on.
+    later = -6 * 0.5  # rho delta at t = 2
+    middle = -3 * 0.5 + later / 8
+    expected_v = [
+        [10 + 3 + middle / 2, 10 + 3 - 9 / 2, 10 + 3 + 16 / 2, 10 + 3],
+        [20 + middle, 20 - 9, 20 + 16, 20],
+        [30 + later] * 4,
+    ]
+    np.testing.assert_allclose(v, expected_v, rtol=1e-6)
+    # The advantage passes all of what v_{t+1} differs from V_{t+1} by, times gamma lambda = 1/4.
+    expected = [
+        [1 + middle / 4, 1 - 9 / 4, 1 + 16 / 4, 1],
+        [-3 + later / 4, -18, 32, 0],
+        [-6] * 4,
+    ]
+    np.testing.assert_allclose(advantage, expected, rtol=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    arrays=off_policy(),
+    discount=st.floats(0.0, 1.0),
+    trace_decay=st.floats(0.0, 1.0),
+    rho_cap=st.floats(1.0, 4.0),
+    trace_cap=st.floats(1.0, 4.0),
+)
+def test_vtrace_equals_its_defining_sum(
+    arrays: Arrays, discount: float, trace_decay: float, rho_cap: float, trace_cap: float
+) -> None:
+    settings: dict[str, Any] = {"discount": discount, "trace_decay": trace_decay}
+    settings |= {"rho_cap": rho_cap, "trace_cap": trace_cap}
+    actual = vtrace(arrays, **settings)
+    # Sums of up to 6 float32 terms, which caps of 4 make up to 4^6 times as large.
+    for x, expected in zip(actual, vtrace_reference(arrays, **settings), strict=True):
+        scale = max(1.0, np.abs(expected).max())
+        np.testing.assert_allclose(x, expected, rtol=1e-5, atol=1e-5 * scale)
+        assert x.dtype == np.float32
+
+
+@settings(max_examples=40, deadline=None)
+@given(arrays=trajectories(), discount=st.floats(0.0, 1.0), trace_decay=st.floats(0.0, 1.0))
+def test_vtrace_of_the_policy_that_acted_is_gae_to_the_bit(
+    arrays: Arrays, discount: float, trace_decay: float
+) -> None:
+    factors: dict[str, float] = {"discount": discount, "trace_decay": trace_decay}
+    advantage, v = vtrace(with_log_ratio(arrays, 0.0), **factors)
+    expected = advantages(arrays, **factors)
+    np.testing.assert_array_equal(advantage, expected)
+    np.testing.assert_array_equal(v, expected + arrays["value"])
+
+
+@settings(max_examples=30, deadline=None)
+@given(arrays=trajectories(max_invalid=0), discount=st.floats(0.0, 1.0))
+def test_vtrace_on_policy_with_lambda_1_is_the_n_step_return(
+    arrays: Arrays, discount: float
+) -> None:
+    advantage, v = vtrace(with_log_ratio(arrays, 0.0), discount=discount, trace_decay=1.0)
+    expected = monte_carlo(arrays, discount)
+    np.testing.assert_allclose(v, expected, atol=2e-5)
+    np.testing.assert_allclose(advantage, expected - arrays["value"], atol=2e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(arrays=off_policy(low=0.0), discount=st.floats(0.0, 1.0), trace_decay=st.floats(0.0, 1.0))
+def test_caps_of_1_make_likelier_actions_on_policy(
+    arrays: Arrays, discount: float, trace_decay: float
+) -> None:
+    factors: dict[str, float] = {"discount": discount, "trace_decay": trace_decay}
+    actual = vtrace(arrays, **factors)
+    expected = vtrace(with_log_ratio(arrays, 0.0), **factors)
+    np.testing.assert_array_equal(actual, expected)
+
+
+@settings(max_examples=30, deadline=None)
+@given(arrays=trajectories(max_invalid=0), discount=st.floats(0.0, 1.0))
+def test_impossible_actions_teach_the_critic_nothing(arrays: Arrays, discount: float) -> None:
+    advantage, v = vtrace(with_log_ratio(arrays, -200.0), discount=discount, trace_decay=1.0)
+    np.testing.assert_array_equal(v, arrays["value"])
+    one_step = advantages(arrays, discount=discount, trace_decay=0.0)
+    np.testing.assert_array_equal(advantage, one_step)
+
+
+def test_an_infinite_ratio_is_capped() -> None:
+    arrays = with_log_ratio(four_cases(), 1e4)
+    for actual, expected in zip(
+        vtrace(arrays, discount=0.5, trace_decay=0.5),
+        vtrace(with_log_ratio(four_cases(), 0.0), discount=0.5, trace_decay=0.5),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(actual, expected)
+
+
+def test_without_caps_the_mean_over_what_was_done_is_the_value_of_the_other_policy() -> None:
+    """All 8 sequences of 3 binary actions; rewards, values and both policies depend on them."""
+    rng, discount, t = np.random.default_rng(0), 0.9, np.arange(3)[:, None]
+    action = np.arange(8) >> t & 1
+    history = np.cumsum(action << t, axis=0)
+    before = history - (action << t)
+    first, second = rng.uniform(0.1, 0.9, (2, 3, 8))  # probabilities of action 1
+    b, p = (np.where(action == 1, q, 1 - q) for q in (first[t, before], second[t, before]))
+    never: Any = np.zeros((3, 8), bool)
+    arrays = {
+        "reward": rng.normal(size=(3, 8))[t, history].astype(np.float32),
+        "value": rng.normal(size=(3, 8))[t, before].astype(np.float32),
+        "bootstrap_value": rng.normal(size=(3, 8)).astype(np.float32),
+        "terminated": never,
+        "truncated": never,
+        "valid": ~never,
+        "log_ratio": np.log(p / b).astype(np.float32),
+    }
+    advantage, v = vtrace(arrays, discount=discount, trace_decay=1.0, rho_cap=1e6, trace_cap=1e6)
+    expected = (p.prod(0) * monte_carlo(arrays, discount)[0]).sum()
+    np.testing.assert_allclose((b.prod(0) * v[0]).sum(), expected, rtol=1e-5)
+    weighted = (b.prod(0) * (p / b)[0] * advantage[0]).sum()
+    np.testing.assert_allclose(weighted, expected - arrays["value"][0, 0], rtol=1e-5)
 
 
 finite = st.floats(-1e3, 1e3, width=32)

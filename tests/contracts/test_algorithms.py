@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxvla.algorithms import ALGORITHMS
+from jaxvla.algorithms.policy import Evaluation
 from jaxvla.config import AlgorithmConfig
 from jaxvla.types import Observation, Params, TrainingBatch, Trajectory
 
@@ -69,6 +70,14 @@ def make_trajectory(params: Params, *, num_invalid: int = 0) -> Trajectory:
     )
 
 
+def prepare(algorithm: Any, params: Params, trajectory: Trajectory) -> TrainingBatch:
+    """Targets of an update that starts from `params`, which are of version 1 by now."""
+    log_prob, _, value = GaussianPolicy().evaluate(params, trajectory.observation, trajectory.trace)
+    evaluation = Evaluation(log_prob=log_prob, value=value)
+    given = evaluation if algorithm.needs_evaluation else None
+    return algorithm.prepare(trajectory, version=jnp.int32(1), evaluation=given)
+
+
 def flat(batch: TrainingBatch) -> TrainingBatch:
     """[T, B, ...] -> [T * B, ...]."""
     return jax.tree.map(lambda x: jnp.asarray(x).reshape(T * B, *x.shape[2:]), batch)
@@ -88,7 +97,7 @@ def params() -> Params:
 
 def test_targets_are_finite_and_weigh_the_valid_samples(algorithm: Any, params: Params) -> None:
     trajectory = make_trajectory(params, num_invalid=3)
-    batch = algorithm.prepare(trajectory)
+    batch = prepare(algorithm, params, trajectory)
     for name in ("advantage", "return_", "weight"):
         leaf = getattr(batch, name)
         assert leaf.shape == (T, B) and leaf.dtype == jnp.float32, name
@@ -98,7 +107,7 @@ def test_targets_are_finite_and_weigh_the_valid_samples(algorithm: Any, params: 
 
 
 def test_loss_and_metrics_are_finite_scalars(algorithm: Any, params: Params) -> None:
-    batch = flat(algorithm.prepare(make_trajectory(params, num_invalid=3)))
+    batch = flat(prepare(algorithm, params, make_trajectory(params, num_invalid=3)))
     loss, metrics = algorithm.loss(GaussianPolicy(), params, batch)
     assert loss.shape == () and np.isfinite(loss)
     for name, value in metrics.items():
@@ -108,7 +117,7 @@ def test_loss_and_metrics_are_finite_scalars(algorithm: Any, params: Params) -> 
 
 
 def test_without_lag_the_gradient_is_the_policy_gradient(algorithm: Any, params: Params) -> None:
-    batch = flat(algorithm.prepare(make_trajectory(params, num_invalid=2)))
+    batch = flat(prepare(algorithm, params, make_trajectory(params, num_invalid=2)))
     used = np.asarray(batch.weight) > 0
     state, trace, advantage = (
         np.asarray(x, np.float64)[used]
@@ -121,7 +130,7 @@ def test_without_lag_the_gradient_is_the_policy_gradient(algorithm: Any, params:
 
 
 def test_unused_samples_do_not_matter(algorithm: Any, params: Params) -> None:
-    batch = flat(algorithm.prepare(make_trajectory(params, num_invalid=3)))
+    batch = flat(prepare(algorithm, params, make_trajectory(params, num_invalid=3)))
     used = np.asarray(batch.weight) > 0
     moved = {"w": params["w"] + 0.1}
     expected = gradient(algorithm, moved, jax.tree.map(lambda x: x[used], batch))

@@ -23,11 +23,15 @@ ACTION_DIM = 2
 
 
 class FakeHostEnv:
-    """State is [task, seed, control steps since the reset]; images repeat the step count."""
+    """State is [task, seed, control steps since the reset]; images repeat the step count.
+
+    Config, each entry optional: raise_in_build, raise_in_reset; directory, of the FIFO "gate"
+    that a chunk of kind GATE waits at; opens_gate, the task whose second reset opens it.
+    """
 
     def __init__(self, config: dict[str, Any]):
         self._config = config
-        self._task = self._seed = self._num_steps = 0
+        self._task = self._seed = self._num_steps = self._num_resets = 0
         if config.get("raise_in_build"):
             raise KeyError("no such scene")
         place = f"{os.environ.get('FAKE_VARIABLE')} in {pathlib.Path.cwd()}"
@@ -36,6 +40,9 @@ class FakeHostEnv:
     def reset(self, task: int, seed: int) -> HostFrame:
         if self._config.get("raise_in_reset"):
             raise OSError("scene file is gone")
+        self._num_resets += 1
+        if task == self._config.get("opens_gate") and self._num_resets == 2:
+            (pathlib.Path(self._config["directory"]) / "gate").write_text("go")
         self._task, self._seed, self._num_steps = task, seed, 0
         return self._frame()
 

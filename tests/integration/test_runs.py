@@ -22,7 +22,11 @@ SYNCHRONOUS = (
     "--config.schedule.overlap_rollout=False",
     "--config.learning.num_updates=12",
 )
-DISJOINT = "--config.meshes.layout=simulation=2 serving=2 learning=4:data2,fsdp2"
+LAYOUT = "--config.meshes.layout"
+DISJOINT = f"{LAYOUT}=simulation=2 serving=2 learning=4:data2,fsdp2"
+COLOCATED = f"{LAYOUT}=colocated=8:data2,fsdp4"
+HYBRID = f"{LAYOUT}=simulation+serving=4 learning=4:fsdp4"
+OVERLAPPING = f"{LAYOUT}=simulation=2@0 serving=4@0 learning=4@2:data2,fsdp2"
 LOSSES = ("learner/loss/total", "learner/loss/policy", "learner/loss/value", "learner/approx_kl")
 
 
@@ -89,11 +93,20 @@ def test_evaluate_repeats_the_last_evaluation(whole: RunProcess) -> None:
     assert result["update"] == 4 and result["eval/episodes"] == 6
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(DISJOINT, id="disaggregated"),
+        pytest.param(COLOCATED, id="colocated", marks=pytest.mark.slow),
+        pytest.param(HYBRID, id="hybrid", marks=pytest.mark.slow),
+        pytest.param(OVERLAPPING, id="overlapping", marks=pytest.mark.slow),
+    ],
+)
 def test_eight_devices_give_the_losses_of_one(
-    synchronous: RunProcess, tmp_path: pathlib.Path
+    synchronous: RunProcess, tmp_path: pathlib.Path, layout: str
 ) -> None:
     sharded = RunProcess(
-        tmp_path, *SYNCHRONOUS, "--config.learning.num_updates=4", DISJOINT, num_devices=8
+        tmp_path, *SYNCHRONOUS, "--config.learning.num_updates=4", layout, num_devices=8
     ).expect(0)
     for one, eight in zip(synchronous.records()[:4], sharded.records(), strict=True):
         for name in LOSSES:
@@ -103,6 +116,16 @@ def test_eight_devices_give_the_losses_of_one(
 def test_asynchronous_run_on_disjoint_meshes(tmp_path: pathlib.Path) -> None:
     run = RunProcess(tmp_path, *PLAIN, DISJOINT, num_devices=8).expect(0)
     require_invariants(run.records(), 4)
+
+
+def test_asynchronous_run_with_two_policy_servers_on_devices_of_their_own(
+    tmp_path: pathlib.Path,
+) -> None:
+    servers = ("--config.serving.num_servers=2", "--config.serving.split_devices")
+    run = RunProcess(tmp_path, *PLAIN, DISJOINT, *servers, num_devices=8).expect(0)
+    require_invariants(run.records(), 4)
+    log = (tmp_path / "logs" / "serving.log").read_text()
+    assert "compiled for" not in log
 
 
 def test_an_interrupted_run_ends_bitwise_like_one_that_was_not(

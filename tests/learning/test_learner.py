@@ -74,6 +74,7 @@ def item_of(trajectory: Trajectory, position: int) -> QueueItem:
         end_state=f"after {segment}",
         episodes=episodes,
         num_env_steps=10,
+        num_useful_env_steps=8 + group,
         num_queries=16,
         num_invalid=0,
     )
@@ -194,7 +195,7 @@ def test_an_update_is_epochs_of_minibatch_steps(training) -> None:
     run.learner.progress.version = 4
     run.run()
     functions, state = made.functions, made.fresh_state()
-    batch = functions.prepare(state.params, trajectories(2))
+    batch = functions.prepare(state.params, trajectories(2), jnp.int32(4))
     for epoch in (0, 1):
         order = functions.draw(rng.stream(KEY, "order", 4, epoch), batch.weight.shape)
         for index in (0, 1):
@@ -356,6 +357,8 @@ def test_metrics(training) -> None:
     assert record["train/return_mean"] == pytest.approx(0.5)
     assert record["train/episode_length_mean"] == pytest.approx(8.0)
     assert run.learner.num_env_steps == 40
+    rates = [record[f"rate/{kind}env_steps_per_s"] for kind in ("useful_", "")]
+    assert rates[0] / rates[1] == pytest.approx((8 + 9 + 8 + 9) / 40)
     assert run.learner.staleness == [0, 0, 1, 1]
     assert record["faults/skipped_optimizer_steps"] == 0
     for name in ("policy", "value", "entropy", "total"):
@@ -367,7 +370,7 @@ def test_metrics_of_an_update_are_means_and_maxima_over_its_steps(training) -> N
     made = training(num_minibatches=2)
     record = Run(made, trajectories(2), learning={"num_updates": 1}).run().record()
     functions, state, steps = made.functions, made.fresh_state(), []
-    batch = functions.prepare(state.params, trajectories(2))
+    batch = functions.prepare(state.params, trajectories(2), jnp.int32(0))
     order = functions.draw(rng.stream(KEY, "order", 0, 0), batch.weight.shape)
     for index in (0, 1):
         state, metrics = functions.step(state, batch, order, jnp.int32(index))

@@ -14,13 +14,20 @@ from jaxvla.learning.train_state import TrainState
 from jaxvla.types import SupervisedBatch, TrainingBatch, Trajectory
 
 T, B = 4, 4
+VERSION = jnp.int32(0)
+"""Of the weights that begin the update, and of all samples where nothing else is said."""
+
 LAYOUTS = ["colocated=1", "colocated=4:data2,fsdp2"]
 
 
 class Spy:
     """An algorithm that labels samples and shows the labels of a minibatch as metrics."""
 
-    def prepare(self, trajectory: Trajectory) -> TrainingBatch:
+    needs_evaluation = False
+
+    def prepare(
+        self, trajectory: Trajectory, *, version: jax.Array, evaluation: None
+    ) -> TrainingBatch:
         """Sample t of env b is labelled 100 b + t."""
         T, B = trajectory.reward.shape
         label = 100.0 * jnp.arange(B) + jnp.arange(T)[:, None]
@@ -28,7 +35,9 @@ class Spy:
             observation=trajectory.observation,
             trace=label[..., None] * jnp.ones(ACTION_DIM),
             behavior_log_prob=label,
-            behavior_value=label,
+            proximal_log_prob=label,
+            proximal_value=label,
+            staleness=version - trajectory.policy_version,
             advantage=label,
             return_=label,
             weight=jnp.ones((T, B)),
@@ -61,7 +70,7 @@ def test_minibatches_of_an_epoch_partition_the_batch_in_every_column(
 ) -> None:
     made = training(algorithm=Spy(), num_minibatches=num_minibatches)
     functions, state = made.functions, made.fresh_state()
-    batch = functions.prepare(state.params, [make_trajectory(0, T=T, B=B)])
+    batch = functions.prepare(state.params, [make_trajectory(0, T=T, B=B)], VERSION)
     order = functions.draw(jax.random.key(0), (T, B))
     seen: list[float] = []
     for index in range(num_minibatches):
@@ -77,9 +86,9 @@ def test_minibatches_of_an_epoch_partition_the_batch_in_every_column(
 def test_trajectories_are_joined_along_their_envs(training) -> None:
     functions, params = training().functions, training().fresh_state().params
     parts = [make_trajectory(seed, T=T, B=2) for seed in (1, 2)]
-    joined = functions.prepare(params, parts)
+    joined = functions.prepare(params, parts, VERSION)
     for start, part in zip((0, 2), parts, strict=True):
-        alone = functions.prepare(params, [part])
+        alone = functions.prepare(params, [part], VERSION)
         assert_close(take(joined, (slice(None), slice(start, start + 2))), alone)
     assert joined.advantage.shape == (T, 4)
 
@@ -87,7 +96,7 @@ def test_trajectories_are_joined_along_their_envs(training) -> None:
 def test_advantages_are_standardized_over_the_joined_batch(training) -> None:
     made = training(standardize=True)
     parts = [make_trajectory(seed) for seed in (1, 2)]
-    batch = made.functions.prepare(made.fresh_state().params, parts)
+    batch = made.functions.prepare(made.fresh_state().params, parts, VERSION)
     advantage = np.asarray(batch.advantage)
     assert abs(advantage.mean()) < 1e-6 and abs(advantage.std() - 1.0) < 1e-5
     assert abs(advantage[:, :B].mean()) > 1e-3  # not each trajectory by itself
@@ -114,7 +123,7 @@ def streamed(training, trajectories: list[Trajectory]) -> tuple[TrainState, floa
     functions, state = training.functions, training.fresh_state()
     total = None
     for trajectory in trajectories:
-        part, _ = functions.gradient(state.params, functions.place(trajectory))
+        part, _ = functions.gradient(state.params, functions.place(trajectory), VERSION)
         total = part if total is None else functions.accumulate(total, part)
     state, norm = functions.apply(state, total)
     return state, float(norm)
@@ -122,7 +131,7 @@ def streamed(training, trajectories: list[Trajectory]) -> tuple[TrainState, floa
 
 def batched(training, trajectories: list[Trajectory]) -> tuple[TrainState, float]:
     functions, state = training.functions, training.fresh_state()
-    batch = functions.prepare(state.params, [functions.place(x) for x in trajectories])
+    batch = functions.prepare(state.params, [functions.place(x) for x in trajectories], VERSION)
     order = functions.draw(jax.random.key(0), batch.weight.shape)
     state, metrics = functions.step(state, batch, order, jnp.int32(0))
     return state, float(metrics["grad_norm"])
@@ -182,14 +191,14 @@ def test_state_and_sums_are_donated_and_parameters_of_a_gradient_are_not(
     made = training(layout=layout)
     functions, state = made.functions, made.fresh_state()
     trajectory = functions.place(make_trajectory(1))
-    first, _ = functions.gradient(state.params, trajectory)
-    second, _ = functions.gradient(state.params, trajectory)
+    first, _ = functions.gradient(state.params, trajectory, VERSION)
+    second, _ = functions.gradient(state.params, trajectory, VERSION)
     total = functions.accumulate(first, second)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first.grads))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((second, state, trajectory)))
     applied, _ = functions.apply(state, total)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
-    batch = functions.prepare(applied.params, [trajectory])
+    batch = functions.prepare(applied.params, [trajectory], VERSION)
     order = functions.draw(jax.random.key(0), (T, B))
     functions.step(applied, batch, order, jnp.int32(0))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(applied))
@@ -247,13 +256,13 @@ def test_nothing_is_compiled_after_the_first_update(
 
     def update(state: TrainState, seed: int) -> TrainState:
         parts = [functions.place(make_trajectory(seed + part)) for part in (0, 1)]
-        batch = functions.prepare(state.params, parts)
+        batch = functions.prepare(state.params, parts, jnp.int32(seed))
         for epoch in (0, 1):
             order = functions.draw(jax.random.key(epoch), batch.weight.shape)
             for index in (0, 1):
                 state, _ = functions.step(state, batch, order, jnp.int32(index))
-        total, _ = functions.gradient(state.params, parts[0])
-        more, _ = functions.gradient(state.params, parts[1])
+        total, _ = functions.gradient(state.params, parts[0], jnp.int32(seed))
+        more, _ = functions.gradient(state.params, parts[1], jnp.int32(seed))
         state, _ = functions.apply(state, functions.accumulate(total, more))
         return state
 

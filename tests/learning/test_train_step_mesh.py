@@ -110,7 +110,7 @@ def trajectory(training, policy: PiPolicy) -> Trajectory:
 
 def train(training: Any, trajectory: Trajectory) -> tuple[TrainState, list[dict[str, float]]]:
     functions, state = training.functions, training.fresh_state()
-    batch = functions.prepare(state.params, [functions.place(trajectory)])
+    batch = functions.prepare(state.params, [functions.place(trajectory)], jnp.int32(0))
     metrics = []
     for step in range(NUM_STEPS):
         order = functions.draw(jax.random.key(step // 2), batch.weight.shape)

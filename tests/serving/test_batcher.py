@@ -11,7 +11,8 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from jaxvla.serving.batcher import Batcher, BatcherClosedError, Busy
+from jaxvla.serving.adaptive import Setting
+from jaxvla.serving.batcher import Batcher, BatcherClosedError, Busy, Expired
 
 TIMEOUT_S = 60.0
 """For waits that end at once unless the code is broken."""
@@ -249,6 +250,84 @@ def test_over_capacity_answers_busy_and_recovers():
     submit(batcher, 1, rows=8)
 
 
+def test_expired_request_is_answered_with_an_error_and_not_computed():
+    batcher = make_batcher(deadline_s=5.0)
+    late, also_late = submit(batcher, 0), submit(batcher, 1)
+    batcher.clock.now_s = 2.0
+    fresh = submit(batcher, 2)
+    batcher.clock.now_s = 5.0
+    submit(batcher, 3)  # now all four would wait
+    assert fire(batcher) is None
+    for future, client in ((late, "c0"), (also_late, "c1")):
+        with pytest.raises(Expired, match=f"'{client}' waited 5 s, the deadline is 5 s"):
+            future.result(0.0)
+    assert not fresh.done() and batcher.waiting_rows == 2
+    submit(batcher, 0)
+    submit(batcher, 1)
+    assert fire(batcher) == ["c2", "c3", "c0", "c1"]
+
+
+def test_request_expires_only_while_it_waits():
+    batcher = make_batcher(num_clients=1, deadline_s=5.0)
+    future = submit(batcher, 0)
+    batcher.clock.now_s = 4.9
+    assert fire(batcher) == ["c0"]
+    batcher.clock.now_s = 9.0
+    assert fire(batcher) is None
+    future.set_result("actions")
+    assert future.result(0.0) == "actions"
+
+
+def test_expired_requests_make_room():
+    batcher = make_batcher(deadline_s=5.0, capacity_rows=8)
+    late = submit(batcher, 0, rows=8)
+    with pytest.raises(Busy):
+        submit(batcher, 1)
+    batcher.clock.now_s = 5.0
+    submit(batcher, 1)
+    assert isinstance(late.exception(0.0), Expired)
+
+
+def test_turned_away_requests_are_counted_once():
+    batcher = make_batcher(deadline_s=5.0, capacity_rows=8)
+    assert batcher.take_turned_away() == (0, 0)
+    submit(batcher, 0, rows=7)
+    submit(batcher, 2, rows=1).cancel()
+    for _ in range(2):
+        with pytest.raises(Busy):
+            submit(batcher, 1, rows=2)
+    batcher.clock.now_s = 5.0
+    assert fire(batcher) is None
+    assert batcher.take_turned_away() == (2, 1)
+    assert batcher.take_turned_away() == (0, 0)
+
+
+def test_deadline_wakes_a_waiting_server():
+    """It answers and goes on waiting."""
+    batcher = make_batcher(deadline_s=0.02, clock=time.monotonic)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(batcher.next_batch)
+        with pytest.raises(Expired):
+            submit(batcher, 0).result(TIMEOUT_S)
+        assert not waiting.done()
+        batcher.close("finished")
+        assert waiting.result(TIMEOUT_S) is None
+
+
+def test_due_time_is_that_of_the_timer_or_of_a_deadline():
+    batcher = make_batcher(max_wait_s=10.0, deadline_s=12.0)
+    assert batcher.due_s == math.inf
+    batcher.clock.now_s = 1.0
+    submit(batcher, 0)
+    batcher.clock.now_s = 3.0
+    submit(batcher, 1)
+    assert batcher.due_s == 11.0
+    assert make_batcher(max_wait_s=10.0).setting == Setting(trigger_rows=8, max_wait_s=10.0)
+    hurried = make_batcher(max_wait_s=10.0, deadline_s=4.0)
+    submit(hurried, 0)
+    assert hurried.due_s == 4.0
+
+
 def test_cancelled_requests_are_neither_served_nor_counted():
     batcher = make_batcher(num_clients=2, trigger_rows=3, capacity_rows=8)
     submit(batcher, 0, rows=7).cancel()
@@ -262,7 +341,7 @@ def test_cancelled_requests_are_neither_served_nor_counted():
 
 def test_request_cancelled_at_the_last_moment_does_not_make_an_empty_batch():
     batcher = make_batcher(num_clients=2, trigger_rows=2)
-    batcher._forget_cancelled = lambda: None  # the client is faster than the check
+    batcher._drop_dead = lambda now_s: None  # the client is faster than the check
     submit(batcher, 0, rows=2, kind="value").cancel()
     submit(batcher, 1, rows=2)
     assert fire(batcher) == ["c1"]
@@ -342,10 +421,12 @@ def test_wake_is_remembered_once():
         {"capacity_rows": 7},
         {"max_wait_s": -1.0},
         {"max_wait_s": math.nan},
+        {"deadline_s": 0.0},
+        {"deadline_s": math.nan},
     ],
 )
 def test_knobs_that_cannot_work_are_refused(options):
-    with pytest.raises(ValueError, match=r"need 1 <=|max_wait_s"):
+    with pytest.raises(ValueError, match=r"need 1 <=|max_wait_s|deadline_s"):
         make_batcher(**options)
 
 

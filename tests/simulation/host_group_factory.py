@@ -80,6 +80,8 @@ class GroupFactory:
         seed: int = 0,
         config: dict[str, Any] | None = None,
         max_failures: int = 5,
+        step_timeout_s: float = TIMEOUT_S,
+        name: str = "group",
     ) -> Made:
         worker = WorkerSpec(
             env="fake_host_env:FakeHostEnv",
@@ -97,7 +99,7 @@ class GroupFactory:
                     num_envs=count,
                     log_dir=self._directory / str(len(self._made)),
                     reset_timeout_s=TIMEOUT_S,
-                    step_timeout_s=TIMEOUT_S,
+                    step_timeout_s=step_timeout_s,
                     max_failures=max_failures,
                 )
             )
@@ -105,7 +107,7 @@ class GroupFactory:
 
         recorder = MetricRecorder()
         group = HostEnvGroup(
-            name="group",
+            name=name,
             spec=SPEC,
             table=TABLE,
             make_pool=make_pool,

@@ -145,10 +145,11 @@ def test_returns_read_the_value_of_what_followed(segment: tuple[np.ndarray, list
 def test_books_of_a_segment(segment: tuple[np.ndarray, list[int]]) -> None:
     outcome, versions = segment
     assembler = fill(outcome, versions)
-    episodes, expected, num_steps = assembler.episodes(), [], 0
+    episodes, expected, num_steps, num_useful = assembler.episodes(), [], 0, 0
     for t, row in enumerate(outcome):
         result = result_of(t, row)
         num_steps += int(result.num_steps.sum())
+        num_useful += sum(n for n, x in zip(result.num_steps, row, strict=True) if x != INVALID)
         expected += [
             (result.task[e], result.success[e], result.episode_return[e], result.episode_steps[e])
             for e in range(len(row))
@@ -156,7 +157,7 @@ def test_books_of_a_segment(segment: tuple[np.ndarray, list[int]]) -> None:
         ]
     columns = (episodes.task, episodes.success, episodes.return_, episodes.length)
     assert list(zip(*(x.tolist() for x in columns), strict=True)) == expected
-    assert assembler.counts() == (num_steps, outcome.size, (outcome == INVALID).sum())
+    assert assembler.counts() == (num_steps, num_useful, outcome.size, (outcome == INVALID).sum())
     assert assembler.versions() == (min(versions), max(versions))
 
 

@@ -121,6 +121,22 @@ def test_success_ends_the_chunk_and_the_episode(make: GroupFactory) -> None:
     np.testing.assert_array_equal(result.episode_return, [3.0, 1.0])
 
 
+def test_an_episode_that_ends_early_is_followed_while_others_still_step(
+    make: GroupFactory, tmp_path: pathlib.Path
+) -> None:
+    """Env 1 cannot finish its chunk before env 0, which succeeds, has begun its next episode."""
+    os.mkfifo(tmp_path / "gate")
+    made = make(2, config={"directory": str(tmp_path), "opens_gate": 0}, step_timeout_s=20.0)
+    before = made.group.reset(Cursor())
+    result = made.step(fake.SUCCEED, fake.GATE, reward=0.5)
+    assert made.restarts() == {} and not np.any(result.invalid)
+    np.testing.assert_array_equal(result.success, [True, False])
+    np.testing.assert_array_equal(result.num_steps, [1, EXECUTED])
+    assert states(result.observation, STEPS) == [0, EXECUTED]
+    seeds, old = states(result.observation, SEED), states(before, SEED)
+    assert (seeds[0] == old[0], seeds[1] == old[1]) == (False, True)
+
+
 def test_the_time_limit_shortens_the_last_chunk(make: GroupFactory) -> None:
     """Tasks 0 and 1 have limits of 3 and 4 steps."""
     made = make(2)

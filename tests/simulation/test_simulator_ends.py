@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scripted_group import ScriptedGroup
+from scripted_group import TRUNCATED, ScriptedGroup
 from simulator_run import CALM, TIMEOUT_S, E, FakeClient, FakeQueue, T, answer, make, real_queue
 
 from jaxvla.runtime.program import ProgramState
@@ -195,6 +195,27 @@ def test_a_ticket_that_ended_meanwhile_stops_nobody() -> None:
 
 
 # --- inference --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ends", [(2, 1), (0, 3), (3, 0), (2, 2)])
+def test_lockstep_outlasts_unlike_numbers_of_time_limits(ends: tuple[int, int]) -> None:
+    """A batch fires when all clients have asked; who needs no more values asks no more."""
+    scripts = []
+    for count in ends:
+        script = CALM.copy()
+        script.flat[:count] = TRUNCATED
+        scripts.append(script)
+    queue, batcher = FakeQueue(4), lockstep_batcher(2)
+    server = Server(batcher)
+    clients = [InferenceClient(batcher, name) for name in "ab"]
+    groups = [ScriptedGroup(name, script) for name, script in zip("ab", scripts, strict=True)]
+    threads = make(groups, queue, clients=clients, overlap=False).start()
+    has_ended = threads.join(TIMEOUT_S)
+    batcher.close("finished")
+    assert has_ended and threads.error is None and server.join()
+    assert len(queue.items) == 4 and not queue.failed
+    for item, count in zip(queue.items, 2 * ends, strict=True):
+        assert item.payload.truncated.sum() == count
 
 
 @pytest.mark.parametrize("refuses", [False, True])

@@ -1,0 +1,1 @@
+"""Performance without the machine: emulated stages under the real schedule."""
