@@ -76,13 +76,24 @@ def make_batch(seed: int = 0, **changes: Any) -> TrainingBatch:
 def loss_and_grad(
     algorithm: PPO, samples: TrainingBatch, params: Params = PARAMS
 ) -> tuple[Any, Params]:
-    """((loss, metrics), gradient)."""
+    """((loss, metrics), gradient), compiled."""
+    return _compiled(algorithm)(params, samples)
+
+
+def loss_and_grad_by_operation(
+    algorithm: PPO, samples: TrainingBatch, params: Params = PARAMS
+) -> tuple[Any, Params]:
+    """The same without a compiler that orders sums and joins roundings as it likes."""
     return _differentiated(algorithm)(params, samples)
 
 
-@functools.cache
 def _differentiated(algorithm: PPO) -> Any:
     def loss(params: Params, samples: TrainingBatch) -> tuple[jax.Array, Any]:
         return algorithm.loss(ScaledPolicy(), params, samples)
 
-    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+    return jax.value_and_grad(loss, has_aux=True)
+
+
+@functools.cache
+def _compiled(algorithm: PPO) -> Any:
+    return jax.jit(_differentiated(algorithm))

@@ -10,7 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from returns_reference import reference, vtrace_reference
-from scaled_policy import PARAMS, B, N, T, loss_and_grad, make_batch, make_trajectory
+from scaled_policy import (
+    PARAMS,
+    B,
+    N,
+    T,
+    loss_and_grad,
+    loss_and_grad_by_operation,
+    make_batch,
+    make_trajectory,
+)
 from test_corrections import weight_reference
 
 from jaxvla.algorithms.corrections import CORRECTIONS, CorrectionConfig
@@ -84,7 +93,10 @@ def flat(batch: TrainingBatch) -> TrainingBatch:
 def test_without_staleness_every_kind_is_plain_ppo_to_the_bit(
     kind: str, recompute_value: bool
 ) -> None:
-    """Though the evaluation says otherwise, and also once the update has moved the weights."""
+    """Though the evaluation says otherwise, and also once the update has moved the weights.
+
+    The targets also when compiled, the loss operation by operation.
+    """
     record = dataclasses.replace(
         stale_trajectory(), policy_version=np.full((T, B), int(VERSION), np.int32)
     )
@@ -94,8 +106,8 @@ def test_without_staleness_every_kind_is_plain_ppo_to_the_bit(
     jax.tree.map(np.testing.assert_array_equal, made, expected)
     moved = {"log_prob": jnp.float32(1.1), "entropy": jnp.float32(0.4), "value": jnp.float32(0.2)}
     for params in (PARAMS, moved):
-        (loss, metrics), grads = loss_and_grad(corrected, flat(made), params)
-        (loss_0, metrics_0), grads_0 = loss_and_grad(plain, flat(expected), params)
+        (loss, metrics), grads = loss_and_grad_by_operation(corrected, flat(made), params)
+        (loss_0, metrics_0), grads_0 = loss_and_grad_by_operation(plain, flat(expected), params)
         np.testing.assert_array_equal(loss, loss_0)
         jax.tree.map(np.testing.assert_array_equal, grads, grads_0)
         for name, value in metrics_0.items():
@@ -103,6 +115,9 @@ def test_without_staleness_every_kind_is_plain_ppo_to_the_bit(
         if kind != "none":
             assert metrics["behavior_weight/effective_fraction"] == 1.0
             assert metrics["behavior_approx_kl"] == 0.0
+        assert float(loss_and_grad(corrected, flat(made), params)[0][0]) == pytest.approx(
+            float(loss_0), rel=1e-6
+        )
 
 
 @pytest.mark.parametrize("kind", CORRECTIONS)

@@ -122,7 +122,7 @@ def test_streamed_gradients_equal_the_joint_batch(training, kind: str, encode_on
     for actual, expected in zip(jax.tree.leaves(streamed), jax.tree.leaves(batched), strict=True):
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
     plain = one_step(training(trainable=FROZEN_ENCODER, eps=1e-3), records, is_streamed=False)
-    assert not same(batched.params, plain.params)
+    assert kind == "none" or not same(batched.params, plain.params)
 
 
 @pytest.mark.parametrize("is_streamed", [False, True])
