@@ -110,10 +110,10 @@ class IdleTime(EmulatedTime):
 
     def _watch(self) -> None:
         """Moves the time on, until closed."""
-        with contextlib.closing(_OtherThreads()) as threads:
+        with contextlib.closing(OtherThreads()) as threads:
             self._watch_over(threads)
 
-    def _watch_over(self, threads: "_OtherThreads") -> None:
+    def _watch_over(self, threads: "OtherThreads") -> None:
         while True:
             self._has_sleepers.wait()
             if self._is_closed:
@@ -133,7 +133,7 @@ class IdleTime(EmulatedTime):
                 self._has_sleepers.clear()
 
 
-class _OtherThreads:
+class OtherThreads:
     """The threads of this process but the calling one, as the kernel sees them."""
 
     def __init__(self) -> None:

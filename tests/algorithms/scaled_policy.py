@@ -17,9 +17,9 @@ class ScaledPolicy:
     """Scores sample n as params * trace[n]: every input of a sample reaches the gradient."""
 
     def evaluate(
-        self, params: Params, observation: Observation, trace: Any
+        self, params: Params, encoding: Observation, trace: Any
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        x = trace * observation.state[..., 0]
+        x = trace * encoding.state[..., 0]
         return params["log_prob"] * x, params["entropy"] * x, params["value"] * x
 
 

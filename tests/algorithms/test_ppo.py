@@ -163,9 +163,9 @@ def test_an_unlikely_looking_blank_sample_does_not_overflow() -> None:
     """exp(log-ratio) of a sample of weight 0 must not be infinite: its slope would be NaN."""
 
     class Shifted(ScaledPolicy):
-        def evaluate(self, params: Params, observation: Observation, trace: Any) -> Any:
+        def evaluate(self, params: Params, encoding: Observation, trace: Any) -> Any:
             return super().evaluate(
-                params, dataclasses.replace(observation, state=jnp.ones((N, 1))), trace + 300.0
+                params, dataclasses.replace(encoding, state=jnp.ones((N, 1))), trace + 300.0
             )
 
     samples = make_batch(weight=jnp.ones(N).at[5].set(0.0))

@@ -27,8 +27,13 @@ from jaxvla.algorithms.policy import Evaluation
 from jaxvla.algorithms.ppo import PPO, PPOConfig
 from jaxvla.types import Observation, Params, TrainingBatch, Trajectory
 
-CORRECTION = {"cap": 1.5, "rho_cap": 1.3, "trace_cap": 1.1, "sigma": 0.6}
-SETTINGS = {"clip_low": 0.15, "clip_high": 0.3, "value_clip": 0.3, "entropy_coef": 0.05}
+CORRECTION: dict[str, Any] = {"cap": 1.5, "rho_cap": 1.3, "trace_cap": 1.1, "sigma": 0.6}
+SETTINGS: dict[str, Any] = {
+    "clip_low": 0.15,
+    "clip_high": 0.3,
+    "value_clip": 0.3,
+    "entropy_coef": 0.05,
+}
 VERSION = jnp.int32(3)
 CORRECTED = [kind for kind in CORRECTIONS if kind != "none"]
 OUTCOMES = ("reward", "bootstrap_value", "terminated", "truncated", "valid")
@@ -37,8 +42,8 @@ RECOMPUTED = ["decoupled", "truncated", "vtrace", "gaussian"]
 
 @functools.cache  # so that a test compiles once per setting
 def ppo(kind: str, **settings: Any) -> PPO:
-    correction = CorrectionConfig(**dict[str, Any](kind=kind) | CORRECTION)
-    return PPO(PPOConfig(correction=correction, **dict[str, Any](SETTINGS) | settings))
+    correction = CorrectionConfig(kind=kind, **CORRECTION)
+    return PPO(PPOConfig(correction=correction, **SETTINGS | settings))
 
 
 def stale_trajectory(seed: int = 0) -> Trajectory:
@@ -200,7 +205,7 @@ def loss_reference(
     kind: str, batch: TrainingBatch, params: dict[str, float], start: dict[str, float]
 ) -> float:
     """Sample by sample. What is constant to the gradient is computed at `start`."""
-    config = CorrectionConfig(**dict[str, Any](kind=kind) | CORRECTION)
+    config = CorrectionConfig(kind=kind, **CORRECTION)
     total = 0.0
     for n in range(N - 2):
         x, behavior, proximal, advantage, return_, old = (
@@ -270,9 +275,9 @@ class Bandit:
     """One decision between A actions: a softmax over params["logits"]."""
 
     def evaluate(
-        self, params: Params, observation: Observation, trace: Any
+        self, params: Params, encoding: Observation, trace: Any
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        del observation
+        del encoding
         log_prob = jax.nn.log_softmax(params["logits"])[trace]
         return log_prob, jnp.zeros_like(log_prob), jnp.zeros_like(log_prob)
 

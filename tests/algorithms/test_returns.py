@@ -115,12 +115,13 @@ def test_lambda_1_is_monte_carlo(arrays: Arrays, discount: float) -> None:
 
 def monte_carlo(arrays: Arrays, discount: float) -> np.ndarray:
     """Discounted rewards of the rest of the episode, bootstrapped where it is cut, in float64."""
-    result = np.zeros(arrays["reward"].shape)
-    for b in range(result.shape[1]):
+    T, B = arrays["reward"].shape
+    result = np.zeros((T, B))
+    for b in range(B):
         later = 0.0
-        for t in reversed(range(len(result))):
+        for t in reversed(range(T)):
             goes_on = not (arrays["terminated"][t, b] or arrays["truncated"][t, b])
-            if not goes_on or t == len(result) - 1:
+            if not goes_on or t == T - 1:
                 later = following_value(arrays, t, b)
             later = result[t, b] = float(arrays["reward"][t, b]) + discount * later
     return result

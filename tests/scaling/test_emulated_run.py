@@ -110,7 +110,9 @@ def test_with_everything_on_only_the_bottleneck_is_left(
     schedule = _schedule(training=True, rollout=True, stream=stream)
     result = _run(schedule=schedule, costs=costs, num_groups=4, envs_per_group=4)
     bound_s = max(simulation_s, inference_s, training_s)
-    assert 0.999 * bound_s < result.step_s < 1.03 * bound_s
+    # The window may begin and end one call earlier or later: 1 of 48 calls an update.
+    assert result.step_s == pytest.approx(bound_s, rel=0.03)
+    assert max(result.stage_busy.values()) > 0.97
 
 
 def test_a_vectorised_batch_costs_twice_when_split_and_nothing_when_doubled():

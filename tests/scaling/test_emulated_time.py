@@ -1,12 +1,13 @@
 """Clocks of emulated stages."""
 
+import hashlib
 import sys
 import threading
 import time
 
 import pytest
 
-from jaxvla.scaling.emulated_time import FastTime, IdleTime
+from jaxvla.scaling.emulated_time import FastTime, IdleTime, OtherThreads
 
 _LONG_S = 60.0
 """Time-out of waits that are over at once unless something is broken."""
@@ -125,3 +126,80 @@ def test_idle_time_sees_those_who_wake_each_other():
             thread.start()
         _join(*threads)
     assert order == [end_s for end_s in range(1, rounds + 1) for _ in turns]
+
+
+class _Sleeper:
+    """A thread that runs for a moment when poked, and sleeps otherwise."""
+
+    def __init__(self) -> None:
+        self._poked = threading.Semaphore(0)
+        self._is_over = False
+        self.thread = threading.Thread(target=self._run)
+        self.thread.start()
+
+    def poke(self) -> None:
+        self._poked.release()
+
+    def end(self) -> None:
+        self._is_over = True
+        self.poke()
+        _join(self.thread)
+
+    def _run(self) -> None:
+        while not self._is_over:
+            self._poked.acquire()
+
+
+def _stillness(threads: OtherThreads) -> dict[str, bytes]:
+    """The first look at which nobody runs."""
+    deadline_s = time.monotonic() + _LONG_S
+    while time.monotonic() < deadline_s:
+        seen = threads.look()
+        if seen is not None:
+            return seen
+    raise AssertionError("somebody always runs")
+
+
+@linux_only
+def test_a_thread_that_ran_between_two_looks_is_noticed():
+    sleeper, watched = _Sleeper(), OtherThreads()
+    name = str(sleeper.thread.native_id)
+    for _ in range(20):
+        before = _stillness(watched)[name]
+        assert _stillness(watched)[name] == before
+        sleeper.poke()
+        deadline_s = time.monotonic() + _LONG_S
+        # It runs when the kernel lets it; asleep or not, it must not look the same for ever.
+        while _stillness(watched)[name] == before:
+            assert time.monotonic() < deadline_s
+    sleeper.end()
+    watched.close()
+
+
+@linux_only
+def test_a_thread_that_runs_is_noticed():
+    watched, has_begun = OtherThreads(), threading.Event()
+
+    def work() -> None:
+        has_begun.set()
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000)  # a second without the global lock
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    assert has_begun.wait(_LONG_S)
+    looks = [watched.look() for _ in range(50)]
+    assert worker.is_alive()
+    _join(worker)
+    watched.close()
+    assert looks == [None] * 50
+
+
+@linux_only
+def test_threads_that_end_are_forgotten():
+    watched = OtherThreads()
+    sleeper = _Sleeper()
+    name = str(sleeper.thread.native_id)
+    assert name in _stillness(watched)
+    sleeper.end()
+    assert name not in _stillness(watched)
+    watched.close()
