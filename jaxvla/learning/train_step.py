@@ -5,6 +5,7 @@ a trajectory, and minibatches are drawn along time for each env column separatel
 never exchange samples, and the composition of a minibatch does not depend on the mesh.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -88,7 +89,7 @@ class TrainFunctions:
         if not self._encode_once:
             return batch
         encode = jax.vmap(self._policy.encode, in_axes=(None, 0))
-        return batch.replace(observation=encode(params, batch.observation))
+        return dataclasses.replace(batch, observation=encode(params, batch.observation))
 
     def _draw(self, key: jax.Array, shape: tuple[int, int]) -> jax.Array:
         """int32 [T, B]: for every env column its own permutation of the time steps."""
@@ -114,7 +115,7 @@ class TrainFunctions:
             samples = batch
             if not is_encoded:
                 encoding = self._policy.encode(params, batch.observation)
-                samples = batch.replace(observation=encoding)
+                samples = dataclasses.replace(batch, observation=encoding)
             return self._algorithm.loss(self._policy, params, samples)
 
         (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)

@@ -1,5 +1,6 @@
 """What --dry_run prints: the plan of a run, from shapes alone."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterator
@@ -110,7 +111,8 @@ def _activation_bytes(blueprint: Blueprint, rows: int) -> int:
         def loss(params: Any) -> jax.Array:
             params = freeze(params, config.optimizer.trainable)
             encoding = policy.encode(params, batch.observation)
-            return algorithm.loss(policy, params, batch.replace(observation=encoding))[0]
+            encoded = dataclasses.replace(batch, observation=encoding)
+            return algorithm.loss(policy, params, encoded)[0]
 
         return jax.vjp(loss, params)[1]
 

@@ -34,6 +34,7 @@ class HostEnvGroup:
         num_executed: int,
         seed: int,
         recorder: MetricRecorder,
+        observe_final: bool = True,
     ):
         """Args:
         name: unique.
@@ -45,6 +46,7 @@ class HostEnvGroup:
         num_executed: control steps run of each chunk.
         seed: the run's.
         recorder: metrics, for faults.
+        observe_final: report the last observation of episodes that the time limit cuts.
         """
         self.name = name
         self.spec = spec
@@ -55,6 +57,7 @@ class HostEnvGroup:
         self._numbers = first_env + np.arange(num_envs)
         self._seed = seed
         self._recorder = recorder
+        self._observe_final = observe_final
         self._episodes = np.zeros(num_envs, np.int32)
         """Episodes begun so far, per env."""
         self._task = (self._numbers % len(spec.tasks)).astype(np.int32)
@@ -125,7 +128,7 @@ class HostEnvGroup:
         self._begin(np.flatnonzero(success | truncated | invalid))
         return ChunkResult(
             observation=self._observe(),
-            final_observation=final,
+            final_observation=final if self._observe_final else None,
             reward=reward,
             terminated=success,
             truncated=truncated,

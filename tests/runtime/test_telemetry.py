@@ -145,14 +145,15 @@ def test_the_greatest_staleness_of_the_run_is_kept(tmp_path: pathlib.Path, clock
 def test_every_record_goes_to_the_file_and_to_the_screen(
     tmp_path: pathlib.Path, clock: Clock
 ) -> None:
-    telemetry = make(tmp_path, clock)
+    telemetry, output = make(tmp_path, clock), io.StringIO()
+    telemetry.screen = Screen(output, num_updates=5)
     with telemetry.open(run_info(tmp_path), ()):
         telemetry.begin_training()
         for version in (1, 2, 3):
             telemetry.recorder.add("learner/loss/total", version / 8, Last)
             record_update(telemetry, version)
         assert len(lines(tmp_path)) == 3  # each at once, not at the end
-    shown = telemetry.screen._stream.getvalue().splitlines()
+    shown = output.getvalue().splitlines()
     assert [line.split(" |")[0] for line in shown] == ["update 1/5", "update 2/5", "update 3/5"]
     assert [x["learner/loss/total"] for x in lines(tmp_path)] == [0.125, 0.25, 0.375]
     assert lines(tmp_path)[-1] == {

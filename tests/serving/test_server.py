@@ -132,13 +132,14 @@ class Rig:
 
 def observation_of(ids: tuple[int, ...]) -> Any:
     count = len(ids)
-    return Observation(
-        images=np.zeros((count, 1, 2, 2, 3), np.uint8),
-        image_mask=np.ones((count, 1), bool),
-        state=np.asarray(ids, np.float32)[:, None],
-        tokens=np.zeros((count, 1), np.int32),
-        token_mask=np.ones((count, 1), bool),
-    )
+    arrays: dict[str, Any] = {
+        "images": np.zeros((count, 1, 2, 2, 3), np.uint8),
+        "image_mask": np.ones((count, 1), bool),
+        "state": np.asarray(ids, np.float32)[:, None],
+        "tokens": np.zeros((count, 1), np.int32),
+        "token_mask": np.ones((count, 1), bool),
+    }
+    return Observation(**arrays)
 
 
 def keys_of(ids: tuple[int, ...]) -> np.ndarray:
