@@ -1,5 +1,6 @@
 """Env groups of host simulators: one worker process per env."""
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,6 +13,8 @@ from jaxvla.simulation.group import Cursor
 from jaxvla.simulation.unroll import TokenTable
 from jaxvla.telemetry.metrics import MetricRecorder, Total
 from jaxvla.types import ChunkResult, EnvObservation, EnvSpec, Observation, stand_in
+
+_LOG = logging.getLogger(__name__)
 
 
 class HostEnvGroup:
@@ -176,6 +179,7 @@ class HostEnvGroup:
         for cause, count in self._pool.restarts.items():
             new = count - self._faults.get(cause, 0)
             if new:
+                _LOG.warning("%s: %d worker process(es) replaced, cause %s", self.name, new, cause)
                 self._recorder.add(f"faults/simulator_restarts/{cause}", new, Total)
             self._faults[cause] = count
 
