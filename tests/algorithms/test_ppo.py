@@ -189,21 +189,28 @@ def test_entropy_is_raised_and_the_value_error_lowered() -> None:
     np.testing.assert_allclose(grads["value"], 2.0 * (error * x).mean(), rtol=1e-5)
 
 
-def test_samples_of_weight_0_change_nothing_not_even_as_nan() -> None:
-    used = np.arange(N) % 3 != 1
-    samples = batch()
+def spoil(record: Trajectory, valid: np.ndarray) -> Trajectory:
+    """NaN in every number of the samples that are not valid."""
 
-    def spoil(x: jax.Array) -> jax.Array:
+    def blot(x: Any) -> Any:
         if not jnp.issubdtype(x.dtype, jnp.floating):
             return x
-        return jnp.where(used.reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.nan)
+        return jnp.where(valid.reshape(*valid.shape, *(1,) * (x.ndim - 2)), x, jnp.nan)
 
-    spoiled = dataclasses.replace(
-        jax.tree.map(spoil, samples), weight=jnp.asarray(used, jnp.float32)
-    )
-    kept = jax.tree.map(lambda x: x[used], samples)
+    return dataclasses.replace(jax.tree.map(blot, record), valid=valid)
+
+
+def flatten(made: TrainingBatch) -> TrainingBatch:
+    return jax.tree.map(lambda x: jnp.asarray(x).reshape(N, *x.shape[2:]), made)
+
+
+def test_samples_of_weight_0_change_nothing_not_even_as_nan() -> None:
+    valid = (np.arange(N) % 3 != 1).reshape(T, B)
     algorithm = ppo(entropy_coef=0.1)
-    (loss, metrics), grads = loss_and_grad(algorithm, spoiled)
+    made = flatten(algorithm.prepare(spoil(trajectory(), valid)))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(made))
+    kept = jax.tree.map(lambda x: x[valid.ravel()], made)
+    (loss, metrics), grads = loss_and_grad(algorithm, made)
     (loss_kept, metrics_kept), grads_kept = loss_and_grad(algorithm, kept)
     np.testing.assert_allclose(loss, loss_kept, rtol=1e-6)
     for name in grads:
@@ -231,8 +238,8 @@ def test_an_unlikely_looking_blank_sample_does_not_overflow() -> None:
 
 
 def test_a_batch_without_weight_has_no_gradient() -> None:
-    samples = batch(weight=jnp.zeros(N), trace=jnp.full(N, jnp.nan))
-    (loss, metrics), grads = loss_and_grad(ppo(), samples)
+    made = ppo().prepare(spoil(trajectory(), np.zeros((T, B), bool)))
+    (loss, metrics), grads = loss_and_grad(ppo(), flatten(made))
     assert float(loss) == 0.0
     assert all(np.isfinite(x) for x in metrics.values())
     assert all(float(x) == 0.0 for x in grads.values())
