@@ -92,6 +92,10 @@ class AlgorithmConfig:
     def validate(self) -> None:
         """Raises ConfigError when a setting of the plug-in cannot work."""
 
+    def reads_final_values(self) -> bool:
+        """Whether the value of the last observation of truncated episodes matters."""
+        return True
+
     def whole_batch_settings(self) -> tuple[str, ...]:
         """Switches, now on, that need statistics of the whole batch of an update."""
         return ()

@@ -86,8 +86,8 @@ class ChunkResult:
 
     observation: Observation
     """[E], after the auto-reset of finished episodes: what the policy reads next."""
-    final_observation: Observation
-    """[E], before the reset; valid only where `truncated`."""
+    final_observation: Observation | None
+    """[E], before the reset; valid only where `truncated`. None when nobody reads it."""
     reward: AnyArray
     """float32 [E], summed over the executed steps of the chunk."""
     terminated: AnyArray

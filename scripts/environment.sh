@@ -26,7 +26,8 @@ ensure_environment() {
   local start=$SECONDS
   [ -x "$PYTHON" ] || "$base" -m venv "$ROOT/.venv"
   rm -f "$stamp"
-  "$PYTHON" -m pip install --quiet --disable-pip-version-check \
+  # --no-compile: Python compiles what is imported when it is imported, a fraction of it all.
+  "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-compile \
     --constraint "$ROOT/requirements.lock" --editable "$ROOT${extras:+[$extras]}"
   echo "$wanted $extras" > "$stamp"
   echo "installation took $((SECONDS - start))s"

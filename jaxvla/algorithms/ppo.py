@@ -65,6 +65,10 @@ class PPOConfig(AlgorithmConfig):
                 raise ConfigError(f"algorithm.{name}", getattr(self, name), allowed, fix)
         self.correction.validate("algorithm.correction")
 
+    def reads_final_values(self) -> bool:
+        """Not when a time limit counts as a failure."""
+        return self.bootstrap_truncated
+
     def whole_batch_settings(self) -> tuple[str, ...]:
         """Switches, now on, that need statistics of the whole batch of an update."""
         return ("standardize_advantages",) if self.standardize_advantages else ()

@@ -9,6 +9,7 @@ dtype policy: parameters, patch embedding, action/time/state projections, flow s
 head, log-probs and losses are float32; the transformers run in `PiConfig.dtype`.
 """
 
+import dataclasses
 import re
 
 import flax.struct
@@ -446,9 +447,8 @@ def _value_leaves(config: PiConfig) -> dict[str, Leaf]:
 
 def _swap_axes(prefix: Prefix) -> Prefix:
     """Exchanges the layer and the batch axis of the cache."""
-    return prefix.replace(
-        keys=jnp.swapaxes(prefix.keys, 0, 1), values=jnp.swapaxes(prefix.values, 0, 1)
-    )
+    keys, values = jnp.swapaxes(prefix.keys, 0, 1), jnp.swapaxes(prefix.values, 0, 1)
+    return dataclasses.replace(prefix, keys=keys, values=values)
 
 
 def _pad_last(x: jax.Array, size: int) -> jax.Array:

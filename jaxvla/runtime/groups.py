@@ -41,6 +41,7 @@ class Groups:
             num_envs=self._config.simulation.envs_per_group,
             num_executed=self._config.env.num_executed,
             mesh=self._parts.meshes["simulation"],
+            observe_final=self._config.algorithm.reads_final_values(),
         )
 
     @functools.cached_property
@@ -90,4 +91,5 @@ class Groups:
             num_executed=self._config.env.num_executed,
             seed=self._config.seed,
             recorder=self._recorder,
+            observe_final=self._config.algorithm.reads_final_values(),
         )

@@ -72,8 +72,8 @@ class ProgramThreads:
                 name=f"{self.program.role}/{name}",
                 daemon=True,
             )
-            self._threads.append(thread)
             thread.start()
+            self._threads.append(thread)
 
     def join(self, timeout_s: float) -> bool:
         """Waits for all threads; False when one is still running after the time-out."""

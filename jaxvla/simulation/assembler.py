@@ -67,7 +67,7 @@ class SegmentAssembler:
         self._versions.append(version)
         small = dataclasses.replace(result, observation=None, final_observation=None)
         self._results.append(jax.device_get(small))
-        if self._results[-1].truncated.any():
+        if result.final_observation is not None and self._results[-1].truncated.any():
             self._final_observations.append(
                 jax.tree.map(
                     lambda x: np.asarray(x)[self._results[-1].truncated], result.final_observation

@@ -79,8 +79,23 @@ class DeviceStepper:
     """
 
     def __init__(
-        self, env: DeviceEnv, table: TokenTable, *, num_envs: int, num_executed: int, mesh: Mesh
+        self,
+        env: DeviceEnv,
+        table: TokenTable,
+        *,
+        num_envs: int,
+        num_executed: int,
+        mesh: Mesh,
+        observe_final: bool = True,
     ):
+        """Args:
+        env: the env.
+        table: tokenised instructions.
+        num_envs: E of every group.
+        num_executed: control steps run of each chunk.
+        mesh: simulation mesh.
+        observe_final: see `unroll.run_chunk`.
+        """
         self.env = env
         self.num_envs = num_envs
         self.num_executed = num_executed
@@ -113,7 +128,7 @@ class DeviceStepper:
         def step(
             worlds: Worlds, actions: jax.Array, keys: jax.Array
         ) -> tuple[Worlds, ChunkResult, EnvState]:
-            return unroll.run_chunk(env, table, worlds, actions, keys)
+            return unroll.run_chunk(env, table, worlds, actions, keys, observe_final=observe_final)
 
         def split(key: jax.Array) -> jax.Array:
             return jax.random.split(key, num_envs)

@@ -1,5 +1,6 @@
 """Env groups of host simulators: one worker process per env."""
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,6 +13,8 @@ from jaxvla.simulation.group import Cursor
 from jaxvla.simulation.unroll import TokenTable
 from jaxvla.telemetry.metrics import MetricRecorder, Total
 from jaxvla.types import ChunkResult, EnvObservation, EnvSpec, Observation, stand_in
+
+_LOG = logging.getLogger(__name__)
 
 
 class HostEnvGroup:
@@ -34,6 +37,7 @@ class HostEnvGroup:
         num_executed: int,
         seed: int,
         recorder: MetricRecorder,
+        observe_final: bool = True,
     ):
         """Args:
         name: unique.
@@ -45,6 +49,7 @@ class HostEnvGroup:
         num_executed: control steps run of each chunk.
         seed: the run's.
         recorder: metrics, for faults.
+        observe_final: report the last observation of episodes that the time limit cuts.
         """
         self.name = name
         self.spec = spec
@@ -55,6 +60,7 @@ class HostEnvGroup:
         self._numbers = first_env + np.arange(num_envs)
         self._seed = seed
         self._recorder = recorder
+        self._observe_final = observe_final
         self._episodes = np.zeros(num_envs, np.int32)
         """Episodes begun so far, per env."""
         self._task = (self._numbers % len(spec.tasks)).astype(np.int32)
@@ -142,7 +148,7 @@ class HostEnvGroup:
         self._final_images = final.images
         return ChunkResult(
             observation=self._observe(),
-            final_observation=final,
+            final_observation=final if self._observe_final else None,
             reward=reward,
             terminated=success,
             truncated=truncated,
@@ -190,6 +196,7 @@ class HostEnvGroup:
         for cause, count in self._pool.restarts.items():
             new = count - self._faults.get(cause, 0)
             if new:
+                _LOG.warning("%s: %d worker process(es) replaced, cause %s", self.name, new, cause)
                 self._recorder.add(f"faults/simulator_restarts/{cause}", new, Total)
             self._faults[cause] = count
 

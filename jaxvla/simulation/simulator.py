@@ -233,7 +233,7 @@ class Simulator:
             num_queries=num_queries,
             num_invalid=num_invalid,
         )
-        self._recorder.add("faults/nan_worlds", num_invalid, Total)
+        self._recorder.add("faults/invalid_samples", num_invalid, Total)
         self._queue.put(
             ticket,
             trajectory,

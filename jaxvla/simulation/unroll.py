@@ -58,7 +58,13 @@ def draw_worlds(env: DeviceEnv, keys: jax.Array) -> Worlds:
 
 
 def run_chunk(
-    env: DeviceEnv, table: TokenTable, worlds: Worlds, actions: jax.Array, keys: jax.Array
+    env: DeviceEnv,
+    table: TokenTable,
+    worlds: Worlds,
+    actions: jax.Array,
+    keys: jax.Array,
+    *,
+    observe_final: bool = True,
 ) -> tuple[Worlds, ChunkResult, EnvState]:
     """Runs an action chunk in every world and restarts the worlds whose episode ended.
 
@@ -71,6 +77,7 @@ def run_chunk(
       worlds: [E].
       actions: float32 [E, n, A], the executed part of the chunk.
       keys: typed keys [E] for the episodes that may begin.
+      observe_final: render the last state of episodes that the time limit cuts.
 
     Returns:
       The worlds to continue from, what happened, and the state after every control step
@@ -87,7 +94,7 @@ def run_chunk(
     ended = env_states.terminated | env_states.truncated | invalid
     episode_return = worlds.episode_return + reward
 
-    final = _observe_if(env, table, env_states, truncated.any())
+    final = _observe_if(env, table, env_states, truncated.any()) if observe_final else None
     fresh = draw_worlds(env, keys)
     ran = Worlds(env=env_states, episode_return=episode_return)
     worlds = _where(ended, fresh, ran)

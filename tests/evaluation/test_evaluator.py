@@ -82,10 +82,11 @@ class Group(DeviceEnvGroup):
 
 @functools.cache
 def make_stepper(num_envs: int) -> DeviceStepper:
+    env: Any = CounterEnv()
     tokens: Any = np.asarray([[SHORT], [LONG]], np.int32)
     return DeviceStepper(
-        CounterEnv(),
-        TokenTable(tokens=tokens, mask=np.ones_like(tokens, bool)),
+        env,
+        TokenTable(tokens=tokens, mask=tokens >= 0),
         num_envs=num_envs,
         num_executed=NUM_EXECUTED,
         mesh=make_mesh(parse_layout("colocated=1").roles["simulation"]),

@@ -143,7 +143,6 @@ def test_an_interrupted_run_ends_bitwise_like_one_that_was_not(
         assert [whole[name] for name in LOSSES] == [resumed[name] for name in LOSSES]
 
 
-@pytest.mark.skip(reason="written, not run to the end yet")
 def test_a_killed_run_continues_from_its_last_checkpoint(
     synchronous: RunProcess, tmp_path: pathlib.Path
 ) -> None:

@@ -1,5 +1,6 @@
 """The supervised start on a regression whose solution is known."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,7 +25,9 @@ class NoisyPolicy(LinearPolicy):
     ) -> dict[str, jax.Array]:
         assert batch.actions is not None
         noise = 0.1 * jax.random.normal(key, batch.actions.shape)
-        return super().supervised_loss(params, batch.replace(actions=batch.actions + noise), key)
+        return super().supervised_loss(
+            params, dataclasses.replace(batch, actions=batch.actions + noise), key
+        )
 
 
 LINEAR, NOISY = LinearPolicy(), NoisyPolicy()

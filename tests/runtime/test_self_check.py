@@ -135,7 +135,7 @@ class BlindPolicy(TinyPolicy):
 
     def encode(self, params: Params, observation: Observation) -> jax.Array:
         blank = jnp.zeros_like(getattr(observation, self._field))
-        return super().encode(params, observation.replace(**{self._field: blank}))
+        return super().encode(params, dataclasses.replace(observation, **{self._field: blank}))
 
 
 @pytest.mark.parametrize("field", ["images", "image_mask", "state", "tokens", "token_mask"])

@@ -145,14 +145,15 @@ def test_the_greatest_staleness_of_the_run_is_kept(tmp_path: pathlib.Path, clock
 def test_every_record_goes_to_the_file_and_to_the_screen(
     tmp_path: pathlib.Path, clock: Clock
 ) -> None:
-    telemetry = make(tmp_path, clock)
+    telemetry, output = make(tmp_path, clock), io.StringIO()
+    telemetry.screen = Screen(output, num_updates=5)
     with telemetry.open(run_info(tmp_path), ()):
         telemetry.begin_training()
         for version in (1, 2, 3):
             telemetry.recorder.add("learner/loss/total", version / 8, Last)
             record_update(telemetry, version)
         assert len(lines(tmp_path)) == 3  # each at once, not at the end
-    shown = telemetry.screen._stream.getvalue().splitlines()
+    shown = output.getvalue().splitlines()
     assert [line.split(" |")[0] for line in shown] == ["update 1/5", "update 2/5", "update 3/5"]
     assert [x["learner/loss/total"] for x in lines(tmp_path)] == [0.125, 0.25, 0.375]
     assert lines(tmp_path)[-1] == {
@@ -169,7 +170,7 @@ def test_what_came_before_training_is_not_in_its_rates(
     meter = telemetry.meters["learning"]
     with meter.thread("learner"):
         telemetry.recorder.add("rate/env_steps_per_s", 1_000_000, Rate)
-        telemetry.recorder.add("faults/nan_worlds", 3, Total)
+        telemetry.recorder.add("faults/invalid_samples", 3, Total)
         with meter.busy("compile"):
             clock.now_s += 100.0
         telemetry.begin_training()
@@ -185,7 +186,7 @@ def test_what_came_before_training_is_not_in_its_rates(
     waiting = record["utilisation/learning/waiting_on/trajectories_fraction"]
     assert waiting == pytest.approx(0.25)
     assert math.isnan(record["utilisation/serving/busy_fraction"])  # no thread of it ran
-    assert record["faults/nan_worlds"] == 3  # counters do not begin anew
+    assert record["faults/invalid_samples"] == 3  # counters do not begin anew
     assert record["time_s"] == 104.0  # nor does the time of the run
 
 
@@ -205,7 +206,7 @@ def test_env_steps_per_second_over_the_training(tmp_path: pathlib.Path, clock: C
 def test_counters_continue_after_a_restart(tmp_path: pathlib.Path, clock: Clock) -> None:
     first = make(tmp_path, clock)
     with first.open(run_info(tmp_path), ()):
-        first.recorder.add("faults/nan_worlds", 3, Total)
+        first.recorder.add("faults/invalid_samples", 3, Total)
         first.begin_training()
         clock.now_s += 60.0
         record_update(first, 1, staleness=[2, 0], bound=2)
@@ -216,11 +217,11 @@ def test_counters_continue_after_a_restart(tmp_path: pathlib.Path, clock: Clock)
     with second.open(run_info(tmp_path, resume_update=1), ()):
         second.begin_training()
         clock.now_s += 5.0
-        second.recorder.add("faults/nan_worlds", 1, Total)
+        second.recorder.add("faults/invalid_samples", 1, Total)
         record_update(second, 2, staleness=[0, 0], bound=2)
     assert [x["update"] for x in lines(tmp_path)] == [1, 2]
     assert [x["time_s"] for x in lines(tmp_path)] == [60.0, 65.0]
-    assert [x["faults/nan_worlds"] for x in lines(tmp_path)] == [3, 4]
+    assert [x["faults/invalid_samples"] for x in lines(tmp_path)] == [3, 4]
     assert second.max_staleness == 2
 
 
@@ -265,7 +266,7 @@ def test_summary(tmp_path: pathlib.Path, clock: Clock) -> None:
     meter = telemetry.meters["serving"]
     with meter.thread("server"), telemetry.open(run_info(tmp_path), ()):
         telemetry.begin_training()
-        telemetry.recorder.add("faults/nan_worlds", 3, Total)
+        telemetry.recorder.add("faults/invalid_samples", 3, Total)
         with meter.busy("infer"):
             clock.now_s += 6.0
         with meter.waiting("requests"):
@@ -290,7 +291,7 @@ def test_summary(tmp_path: pathlib.Path, clock: Clock) -> None:
         "ledger_closes": True,
         "evaluation_before": None,
         "evaluation_after": EVALUATION,
-        "totals": {"faults/nan_worlds": 3, **queue_record(LEDGER)},
+        "totals": {"faults/invalid_samples": 3, **queue_record(LEDGER)},
     }
 
 

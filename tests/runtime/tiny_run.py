@@ -28,6 +28,8 @@ from jaxvla.telemetry.progress import Screen
 
 TIMEOUT_S = 60.0
 """For waits that end at once unless the code is broken."""
+RUN_TIMEOUT_S = 240.0
+"""For a whole run, which takes a few seconds of one core."""
 
 COMMAND = "python -m jaxvla.main --config=tiny.py"
 LOSSES = ("learner/loss/total", "learner/loss/policy", "learner/loss/value", "learner/grad_norm")
@@ -116,7 +118,7 @@ class Run:
 
     def run(self) -> int:
         # A run that hangs is asked to stop, and then fails for its exit code.
-        watchdog = threading.Timer(TIMEOUT_S, self.stop.set)
+        watchdog = threading.Timer(RUN_TIMEOUT_S, self.stop.set)
         watchdog.start()
         try:
             return self.controller.run()

@@ -27,19 +27,18 @@ quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimizati
 PARAMS = jax.device_get(quick_jit(POLICY.init)(jax.random.key(0)))
 KEYS = row_keys(KEY, NUM_ROWS)
 
-# Float32 sums of up to 8 terms, added in an order that the batch size may change.
-TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
-
 
 def make_sampler(
-    layout: str = "colocated=1", *, policy: Any = POLICY, **options: Any
+    layout: str = "colocated=1",
+    *,
+    policy: Any = POLICY,
+    buckets: tuple[int, ...] = BUCKETS,
+    kinds: tuple[str, ...] = KINDS,
 ) -> tuple[Sampler, Params]:
     """A compiled sampler and parameters in their place."""
     mesh = make_mesh(parse_layout(layout).roles["serving"])
     placed = params_shardings(PARAMS, policy.rules(), mesh, "serving")
-    sampler = Sampler(
-        policy, mesh=mesh, params_shardings=placed, **({"buckets": BUCKETS} | options)
-    )
+    sampler = Sampler(policy, mesh=mesh, params_shardings=placed, buckets=buckets, kinds=kinds)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "jit", quick_jit)
         sampler.compile(PARAMS, OBSERVATION)
@@ -51,13 +50,14 @@ def random_observation(num_rows: int, seed: int) -> Any:
     random = np.random.default_rng(seed)
     spec = CounterEnv.spec
     cameras, size = len(spec.cameras), spec.image_size
-    return Observation(
-        images=random.integers(0, 256, (num_rows, cameras, size, size, 3), np.uint8),
-        image_mask=random.uniform(size=(num_rows, cameras)) < 0.8,
-        state=random.normal(size=(num_rows, spec.state_dim)).astype(np.float32),
-        tokens=random.integers(0, 9, (num_rows, 3), np.int32),
-        token_mask=random.uniform(size=(num_rows, 3)) < 0.8,
-    )
+    arrays: dict[str, Any] = {
+        "images": random.integers(0, 256, (num_rows, cameras, size, size, 3), np.uint8),
+        "image_mask": random.uniform(size=(num_rows, cameras)) < 0.8,
+        "state": random.normal(size=(num_rows, spec.state_dim)).astype(np.float32),
+        "tokens": random.integers(0, 9, (num_rows, 3), np.int32),
+        "token_mask": random.uniform(size=(num_rows, 3)) < 0.8,
+    }
+    return Observation(**arrays)
 
 
 OBSERVATION = random_observation(NUM_ROWS, seed=0)
@@ -94,7 +94,8 @@ def assert_same(actual: Any, expected: Any) -> None:
     def compare(x: Any, y: Any) -> None:
         assert isinstance(x, np.ndarray)
         assert (x.shape, x.dtype) == (y.shape, y.dtype)
-        np.testing.assert_allclose(x, y, **TOLERANCE)
+        # Float32 sums of up to 8 terms, added in an order that the batch size may change.
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
     jax.tree.map(compare, actual, expected)
 

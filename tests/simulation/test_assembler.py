@@ -123,6 +123,19 @@ def test_values_are_asked_for_once_each_and_in_order(
     ]
 
 
+def test_ends_that_nobody_shows_are_not_asked_about() -> None:
+    outcome = np.array([[TRUNCATED, GOES_ON], [GOES_ON, TRUNCATED]])
+    assembler = SegmentAssembler()
+    for t, row in enumerate(outcome):
+        number = numbers(t, 2)
+        result = result_of(t, row).replace(final_observation=None)
+        assembler.add(observation_of(number), sample_of(number), 0, result)
+    (following,) = queries_of(assembler, outcome)
+    trajectory = assembler.finish([value_of(following)])
+    np.testing.assert_array_equal(trajectory.truncated, outcome == TRUNCATED)
+    np.testing.assert_array_equal(trajectory.bootstrap_value, [[0.0, 0.0], value_of(following)])
+
+
 @settings(max_examples=30, deadline=None)
 @given(segments())
 def test_returns_read_the_value_of_what_followed(segment: tuple[np.ndarray, list[int]]) -> None:

@@ -324,7 +324,9 @@ def test_a_lost_episode_is_invalid(make: GroupFactory, kind: float, cause: str) 
     np.testing.assert_array_equal(result.episode_steps, [2, 6])
 
 
-def test_every_replacement_is_counted_once(make: GroupFactory) -> None:
+def test_every_replacement_is_counted_once_and_logged(
+    make: GroupFactory, caplog: pytest.LogCaptureFixture
+) -> None:
     made = make(2, first_env=1)
     made.group.reset(Cursor())
     assert made.restarts() == {}
@@ -335,6 +337,8 @@ def test_every_replacement_is_counted_once(make: GroupFactory) -> None:
     ):
         made.step(*kinds)
         assert made.restarts() == expected
+    assert caplog.messages[0] == "group: 1 worker process(es) replaced, cause exit"
+    assert len(caplog.messages) == 3
 
 
 def test_a_death_between_episodes_costs_no_episode(make: GroupFactory) -> None:

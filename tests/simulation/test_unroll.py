@@ -92,6 +92,16 @@ def test_time_limit_truncates_and_shows_the_end() -> None:
     np.testing.assert_array_equal(result.task, [SHORT, LONG])
 
 
+def test_the_end_is_not_shown_to_nobody() -> None:
+    quiet = jax.jit(functools.partial(run_chunk, ENV, TABLE.on_device(), observe_final=False))
+    before, keys = start(SHORT, LONG), jax.random.split(jax.random.key(1), 2)
+    actions = jnp.asarray([[(WALK, 1)] * 4] * 2, jnp.float32)
+    expected, result = run(before, actions, keys)[1], quiet(before, actions, keys)[1]
+    assert result.final_observation is None and np.any(result.truncated)
+    np.testing.assert_array_equal(result.truncated, expected.truncated)
+    np.testing.assert_array_equal(result.observation.images, expected.observation.images)
+
+
 def test_end_of_task_at_the_time_limit_is_no_truncation() -> None:
     _, result, _ = chunk(start(SHORT, SHORT), [(WALK, 0)] * 2 + [(SUCCEED, 1)], [(WALK, 0)] * 3)
     np.testing.assert_array_equal(result.terminated, [True, False])

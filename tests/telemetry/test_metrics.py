@@ -34,7 +34,7 @@ serving/batch_fill serving/latency_ms/p50 serving/latency_ms/p99 serving/queue_w
 serving/recompiles weights/publish_ms weights/pull_ms weights/bytes train/success_rate
 train/return_mean train/episode_length_mean eval/success_rate eval/success_rate/reach
 eval/success_rate/KITCHEN_SCENE1_open-it.v2 eval/episodes eval/ci95_low eval/ci95_high
-faults/restarts faults/nan_worlds
+faults/restarts faults/invalid_samples
 """
 
 

@@ -42,7 +42,7 @@ RECORD = {
     "queue/staleness/bound": 1,
     "learner/loss/total": 0.12345,
     "faults/restarts": 2,
-    "faults/nan_worlds": 0,
+    "faults/invalid_samples": 0,
 }
 BEFORE = {
     "eval/success_rate": 0.125,
@@ -133,7 +133,7 @@ def test_panel_on_a_terminal(terminal):
     assert re.search(r"simulation .*83% busy +waits learner 12%, waits inference 5%", panel)
     assert re.search(r"serving .*30% busy +waits requests 70%", panel)
     assert "mean 0.5, max 1, bound 1" in panel
-    assert "restarts 2" in panel and "nan_worlds" not in panel
+    assert "restarts 2" in panel and "invalid_samples" not in panel
 
 
 def test_bars_are_as_long_as_the_numbers_say():
