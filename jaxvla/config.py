@@ -96,10 +96,6 @@ class AlgorithmConfig:
         """Whether the value of the last observation of truncated episodes matters."""
         return True
 
-    def whole_batch_settings(self) -> tuple[str, ...]:
-        """Switches, now on, that need statistics of the whole batch of an update."""
-        return ()
-
 
 @dataclass(kw_only=True, slots=True)
 class OptimizerConfig:
@@ -204,15 +200,25 @@ class ScheduleConfig:
     stream_microbatches: bool = False
     """Gradients are accumulated per trajectory as it arrives; one optimizer update per batch."""
     max_staleness: int = 1
-    """Bound S on learner version minus behavior version at consumption. In force only with
-    overlap_training; otherwise the bound is 0."""
+    """S: versions that a sample may lie behind the learner that consumes it. In force only with
+    overlap_training; otherwise 0."""
+    window: int = 1
+    """Look-ahead W: trajectories, counted from the oldest unfinished one, among which the learner
+    may take those that are ready. W - 1 may so overtake a straggler, and samples lie up to
+    max_staleness + ceil((W - 1) / learning.trajectories_per_update) versions behind. In force
+    only with overlap_training; otherwise 1."""
     publish_interval: int = 1
-    """Updates between weight publications, at most bound + 1."""
+    """Updates between weight publications, at most max_staleness + 1."""
 
     @property
-    def staleness_bound(self) -> int:
-        """The bound in force."""
+    def staleness_in_force(self) -> int:
+        """S that the switches leave."""
         return self.max_staleness if self.overlap_training else 0
+
+    @property
+    def window_in_force(self) -> int:
+        """W that the switches leave."""
+        return self.window if self.overlap_training else 1
 
 
 @dataclass(kw_only=True, slots=True)

@@ -2,6 +2,7 @@
 
     python -m jaxvla.main --config=configs/quickstart.py [--config.section.field=value ...]
                           [--workdir=DIR] [--job=train|evaluate] [--dry_run] [--noresume]
+                          [--record_schedule=FILE] [--replay_schedule=FILE]
 
 Jobs
   train     optional supervised warm start, then asynchronous RL
@@ -62,6 +63,8 @@ def main(argv: Sequence[str]) -> int:
             is_dry_run=bool(options["dry_run"].value),
             may_resume=bool(options["resume"].value),
             command=shlex.join(["python", "-m", "jaxvla.main", *argv[1:]]),
+            record_schedule=_path(options["record_schedule"].value),
+            replay_schedule=_path(options["replay_schedule"].value),
         )
     except UsageError as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
@@ -98,6 +101,15 @@ def _define_flags() -> flags.FlagValues:
     flags.DEFINE_enum("job", "train", list(JOBS), "What to do.", flag_values=values)
     flags.DEFINE_bool("dry_run", False, "Print the plan and write nothing.", flag_values=values)
     flags.DEFINE_bool("resume", True, "Continue a used work directory.", flag_values=values)
+    flags.DEFINE_string(
+        "record_schedule",
+        None,
+        "Write what timing decides in this run to a new file.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "replay_schedule", None, "Follow such a file, to the same losses.", flag_values=values
+    )
     flags.DEFINE_bool("help", False, "Show this help.", short_name="h", flag_values=values)
     return values
 
@@ -193,6 +205,10 @@ def _bad_value(config: ExperimentConfig, message: str) -> UsageError:
     kind = type(holder).__dataclass_fields__[name].type
     fix = override(match[1], getattr(holder, name))
     return ConfigError(match[1], match[2], f"must be {type_name(kind)}", fix)
+
+
+def _path(value: str | None) -> pathlib.Path | None:
+    return pathlib.Path(value) if value else None
 
 
 def _say(line: str) -> None:

@@ -95,6 +95,7 @@ _RANGES = (
             "simulation.segment_length",
             "simulation.lease_s",
             "serving.num_servers",
+            "schedule.window",
             "schedule.publish_interval",
             "learning.num_updates",
             "learning.trajectories_per_update",
@@ -312,13 +313,13 @@ def _validate_layout(config: ExperimentConfig) -> Layout:
 
 def _validate_schedule(config: ExperimentConfig) -> None:
     schedule, learning = config.schedule, config.learning
-    bound, groups = schedule.staleness_bound, config.simulation.num_groups
+    longest, groups = schedule.staleness_in_force + 1, config.simulation.num_groups
     _require(
         config,
         "schedule.publish_interval",
-        schedule.publish_interval <= bound + 1,
-        f"must be <= staleness bound + 1 = {bound + 1}, else the simulators wait for ever",
-        bound + 1,
+        schedule.publish_interval <= longest,
+        f"must be <= max_staleness in force + 1 = {longest}, else the simulators wait for ever",
+        longest,
     )
     _require(
         config,
@@ -336,15 +337,6 @@ def _validate_schedule(config: ExperimentConfig) -> None:
                 getattr(config.algorithm, name) == 1,
                 "must be 1 with schedule.stream_microbatches: one optimizer update per batch",
                 1,
-            )
-        for name in config.algorithm.whole_batch_settings():
-            _require(
-                config,
-                f"algorithm.{name}",
-                False,
-                "must be False with schedule.stream_microbatches: statistics of the whole batch "
-                "are not known while it arrives",
-                False,
             )
 
 

@@ -3,8 +3,8 @@
     python scripts/benchmark_tabletop.py [--num_envs=32] [--repeats=3] [--out=FILE.json]
 
 Prints and saves: control steps/s of the physics; frames/s of the JAX ray caster and of
-mujoco.Renderer, in turn; env steps/s of training end to end, synchronous and asynchronous, in
-turn, with the busy fraction of each program. Figures are medians over the repeats.
+mujoco.Renderer, in turn; synchronous and asynchronous training, as bench_real.py does it.
+Figures are medians over the repeats.
 """
 
 import argparse
@@ -12,9 +12,6 @@ import json
 import os
 import pathlib
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +24,7 @@ os.environ.setdefault("MUJOCO_GL", "osmesa")
 import importlib.metadata  # noqa: E402
 import platform  # noqa: E402
 
+import bench_real  # noqa: E402
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import mujoco  # noqa: E402
@@ -36,11 +34,6 @@ from jaxvla.envs.tabletop import Tabletop, TabletopConfig, TabletopState  # noqa
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _STEPS = 16
-_MODES = {
-    "synchronous": ("overlap_training=False", "overlap_rollout=False"),
-    "asynchronous": ("overlap_training=True", "overlap_rollout=True"),
-}
-_ROLES = ("simulation", "serving", "learning")
 
 
 def main() -> None:
@@ -56,7 +49,7 @@ def main() -> None:
     report: dict[str, Any] = {"machine": machine(), "num_envs": options.num_envs}
     report["physics_steps_per_s"] = physics(env, states, options.repeats)
     report |= rendering(env, states, options.repeats)
-    report |= training(options.repeats, options.num_updates)
+    report["training"] = bench_real.compare("quickstart", options.repeats, options.num_updates)
     options.out.write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))
 
@@ -129,46 +122,6 @@ def rendering(env: Tabletop, states: TabletopState, repeats: int) -> dict[str, f
         "jax_frames_per_s": ours_median,
         "mujoco_renderer_frames_per_s": theirs_median,
         "render_ratio": ours_median / theirs_median,
-    }
-
-
-def training(repeats: int, num_updates: int) -> dict[str, Any]:
-    """Env steps/s of both modes, in turn, without the first two updates of a run."""
-    runs: dict[str, list[dict[str, float]]] = {mode: [] for mode in _MODES}
-    for _ in range(repeats):
-        for mode, switches in _MODES.items():
-            runs[mode].append(train(switches, num_updates))
-    report: dict[str, Any] = {}
-    for mode, results in runs.items():
-        keys = results[0]
-        report[mode] = {key: statistics.median(r[key] for r in results) for key in keys}
-    speeds = [report[mode]["env_steps_per_s"] for mode in ("asynchronous", "synchronous")]
-    return report | {"asynchronous_ratio": speeds[0] / speeds[1]}
-
-
-def train(switches: tuple[str, ...], num_updates: int) -> dict[str, float]:
-    """One run of the quickstart without warm start and evaluation."""
-    with tempfile.TemporaryDirectory() as workdir:
-        subprocess.run(
-            [
-                *(sys.executable, "-m", "jaxvla.main", "--config=configs/quickstart.py"),
-                *(f"--workdir={workdir}", f"--config.learning.num_updates={num_updates}"),
-                "--config.warm_start.num_steps=0",
-                "--config.warm_start.num_grounding_steps=0",
-                "--config.evaluation.num_episodes=0",
-                *(f"--config.schedule.{switch}" for switch in switches),
-            ],
-            cwd=_ROOT,
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
-        lines = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines][2:]
-    busy = {role: f"utilisation/{role}/busy_fraction" for role in _ROLES}
-    result = {"env_steps_per_s": statistics.median(r["rate/env_steps_per_s"] for r in records)}
-    return result | {
-        f"{role}_busy_fraction": statistics.median(r[key] for r in records)
-        for role, key in busy.items()
     }
 
 

@@ -75,6 +75,7 @@ def test_a_config_error_names_value_rule_and_fix():
     assert error.name == "seed" and isinstance(error, UsageError)
 
 
-def test_the_bound_is_zero_without_overlap():
-    assert ScheduleConfig(max_staleness=3).staleness_bound == 3
-    assert ScheduleConfig(max_staleness=3, overlap_training=False).staleness_bound == 0
+def test_without_overlap_nothing_is_stale_and_nothing_overtakes():
+    for is_on, in_force in ((True, (3, 5)), (False, (0, 1))):
+        schedule = ScheduleConfig(max_staleness=3, window=5, overlap_training=is_on)
+        assert (schedule.staleness_in_force, schedule.window_in_force) == in_force

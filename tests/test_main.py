@@ -69,12 +69,12 @@ _MISTAKES = {
     ),
     "publishing too rarely": (
         f"{_DEBUG} {_C}schedule.publish_interval=3",
-        "config.schedule.publish_interval = 3: must be <= staleness bound + 1 = 2",
+        "config.schedule.publish_interval = 3: must be <= max_staleness in force + 1 = 2",
         "Fix: --config.schedule.publish_interval=2",
     ),
     "publishing too rarely without overlap": (
         f"{_DEBUG} {_C}schedule.publish_interval=2 {_C}schedule.overlap_training=False",
-        "must be <= staleness bound + 1 = 1",
+        "must be <= max_staleness in force + 1 = 1",
     ),
     "chunk longer than horizon": (
         f"{_DEBUG} {_C}env.num_executed=9",
@@ -252,6 +252,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(place: pathlib.Path):
         "2 trajectories x 8 envs x 4 chunk queries = 64 samples per update",
         "2 epochs x 2 minibatches of 32 samples",
         "staleness  bound 1, published every 1",
+        "queue      at most 4 trajectories of ",
         "1 policy server, round_robin; buckets (8,), trigger 8 rows",
         "leaves are split over devices:",
     ):
@@ -268,6 +269,7 @@ def test_a_dry_run_says_who_shares_devices_and_who_answers_whom(place: pathlib.P
         "--config.serving.split_devices",
         "--config.serving.assignment=1,0,1",
         "--config.simulation.num_groups=3",
+        "--config.schedule.window=4",
     )
     assert (code, err) == (0, "")
     plan = out.partition("\n\n")[2].splitlines()
@@ -276,6 +278,7 @@ def test_a_dry_run_says_who_shares_devices_and_who_answers_whom(place: pathlib.P
         "  simulation + serving share devices 3",
         "  server_0   devices 0-1, data2,tensor1, answers group_1",
         "  server_1   devices 2-3, data2,tensor1, answers group_0, group_2",
+        "staleness  bound 3 (max_staleness 1, window 4), published every 1",
     ):
         assert line in plan, out
     assert sum(" share devices" in line for line in plan) == 1

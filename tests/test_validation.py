@@ -83,7 +83,9 @@ _REFUSED = [
     {"serving__max_wait_ms": -1.0},
     {"serving__max_wait_ms": 1e30},  # no lock can wait so long
     {"schedule__max_staleness": -1},
+    {"schedule__window": 0},
     {"schedule__publish_interval": 0},
+    {"schedule__publish_interval": 3, "schedule__window": 9},  # S counts, not the bound
     {"schedule__publish_interval": 3},
     {"schedule__overlap_rollout": False, "simulation__num_groups": 3},
     {"schedule": None},
@@ -224,7 +226,6 @@ def test_trajectories_of_an_update_divide_together_unless_they_stream(per_update
         validate(_debug(**settings))
         settings |= {"schedule__stream_microbatches": True}
         settings |= {"algorithm__num_epochs": 1, "algorithm__num_minibatches": 1}
-        settings |= {"algorithm__standardize_advantages": False}
     with pytest.raises(ConfigError, match=r"envs_per_group = 1: .*data x fsdp = 4"):
         validate(_debug(**settings))
 

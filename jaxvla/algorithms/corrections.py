@@ -219,18 +219,15 @@ def metrics(
       behavior_weight, is_capped: from `Correction.weigh`.
       weight: `TrainingBatch.weight`.
     """
-    mean = losses.weighted_mean(behavior_weight, weight)
-    mean_square = losses.weighted_mean(jnp.square(behavior_weight), weight)
     return {
-        "behavior_weight/mean": mean,
+        "behavior_weight/mean": losses.weighted_mean(behavior_weight, weight),
         "behavior_weight/max": jnp.max(behavior_weight * weight),
         "behavior_weight/capped_fraction": losses.weighted_mean(
             is_capped.astype(jnp.float32), weight
         ),
-        # The effective sample size (sum w)^2 / sum w^2 per sample: Owen, Monte Carlo theory,
-        # methods and examples, section 9.3 (https://artowen.su.domains/mc/).
-        "behavior_weight/effective_fraction": jnp.square(mean)
-        / jnp.where(mean_square > 0.0, mean_square, 1.0),
+        # mean^2 / mean_square is the effective sample size (sum w)^2 / sum w^2 per sample: Owen,
+        # Monte Carlo theory, methods and examples, section 9.3 (https://artowen.su.domains/mc/).
+        "behavior_weight/mean_square": losses.weighted_mean(jnp.square(behavior_weight), weight),
         # E_b[(w - 1) - log w] = KL(b || p), as for PPO's approx_kl.
         "behavior_approx_kl": losses.weighted_mean(jnp.expm1(log_ratio) - log_ratio, weight),
     }

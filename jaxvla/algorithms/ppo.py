@@ -69,10 +69,6 @@ class PPOConfig(AlgorithmConfig):
         """Not when a time limit counts as a failure."""
         return self.bootstrap_truncated
 
-    def whole_batch_settings(self) -> tuple[str, ...]:
-        """Switches, now on, that need statistics of the whole batch of an update."""
-        return ("standardize_advantages",) if self.standardize_advantages else ()
-
 
 class PPO:
     """Implements `jaxvla.algorithms.base.Algorithm`."""
@@ -87,6 +83,11 @@ class PPO:
         """See `Algorithm.needs_evaluation`."""
         return self._correction.needs_evaluation or self._uses_present_value
 
+    @property
+    def standardizes_advantages(self) -> bool:
+        """See `Algorithm.standardizes_advantages`."""
+        return self.config.standardize_advantages
+
     def prepare(
         self, trajectory: Trajectory, *, version: jax.Array, evaluation: Evaluation | None
     ) -> TrainingBatch:
@@ -98,8 +99,6 @@ class PPO:
         value = present.value if self._uses_present_value else trajectory.value
         advantage, return_ = self._targets(trajectory, log_prob, value)
         weight = trajectory.valid.astype(jnp.float32)
-        if self.config.standardize_advantages:
-            advantage = returns.standardize(advantage, weight)
         batch = TrainingBatch(
             observation=trajectory.observation,
             trace=trajectory.trace,

@@ -1,5 +1,6 @@
 """Advantages and returns. Pure functions of one batch of trajectories, time-major [T, B]."""
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -132,22 +133,63 @@ def _errors(
     return jnp.where(valid, target - value, 0.0)
 
 
-def standardize(
-    x: Float[Array, "*shape"], weight: Float[Array, "*shape"], epsilon: float = 1e-8
-) -> Float[Array, "*shape"]:
-    """(x - mean) / sqrt(variance + epsilon) over the entries of weight 1; the others become 0.
+@flax.struct.dataclass(kw_only=True)
+class Moments:
+    """Of the advantages of samples whose weight is 1."""
 
-    A batch whose entries are all equal carries no preference and becomes 0. Entries of weight 0
-    are not read and may be NaN.
-    """
+    count: jax.Array
+    """float32 []."""
+    mean: jax.Array
+    """float32 [], 0 of no sample."""
+    squares: jax.Array
+    """float32 [], sum of squared deviations from the mean."""
+
+
+def moments(x: Float[Array, "*shape"], weight: Float[Array, "*shape"]) -> Moments:
+    """Of the entries of weight 1. Entries of weight 0 are not read and may be NaN."""
     x = jnp.where(weight > 0.0, x, 0.0)
-    count = jnp.maximum(weight.sum(), 1.0)
+    count = weight.sum()
 
-    def centred(y: Array) -> Array:
-        return (y - (y * weight).sum() / count) * weight
+    def mean_of(y: Array) -> Array:
+        return (y * weight).sum() / jnp.maximum(count, 1.0)
 
     # Twice: the mean of large equal entries is off by rounding, and 1 / sqrt(epsilon) would
     # blow what is left of them up to the size of a real advantage.
-    x = centred(centred(x))
-    variance = jnp.square(x).sum() / count
-    return x * jax.lax.rsqrt(variance + epsilon)
+    mean = mean_of(x)
+    mean += mean_of(x - mean)
+    return Moments(count=count, mean=mean, squares=(jnp.square(x - mean) * weight).sum())
+
+
+def merge(a: Moments, b: Moments) -> Moments:
+    """Of the samples of both: Chan, Golub, LeVeque 1983, eq. 2.1
+    (https://doi.org/10.1080/00031305.1983.10483115)."""
+    count = a.count + b.count
+    share = b.count / jnp.maximum(count, 1.0)
+    gap = b.mean - a.mean
+    return Moments(
+        count=count,
+        mean=a.mean + gap * share,
+        squares=a.squares + b.squares + jnp.square(gap) * a.count * share,
+    )
+
+
+def scale(moments: Moments, epsilon: float = 1e-8) -> Float[Array, ""]:
+    """1 / sqrt(variance + epsilon)."""
+    return jax.lax.rsqrt(moments.squares / jnp.maximum(moments.count, 1.0) + epsilon)
+
+
+def deviations(
+    x: Float[Array, "*shape"], weight: Float[Array, "*shape"], moments: Moments
+) -> Float[Array, "*shape"]:
+    """x - mean; 0 for entries of weight 0, which are not read and may be NaN."""
+    return jnp.where(weight > 0.0, x - moments.mean, 0.0)
+
+
+def standardize(
+    x: Float[Array, "*shape"], weight: Float[Array, "*shape"], moments: Moments
+) -> Float[Array, "*shape"]:
+    """`deviations` times `scale`, by the moments of all samples that count together.
+
+    Entries that are all equal carry no preference and become 0.
+    """
+    return deviations(x, weight, moments) * scale(moments)

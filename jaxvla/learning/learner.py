@@ -7,7 +7,7 @@ unblocked by  simulators' puts, close of the queue
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxvla import rng
 from jaxvla.config import AlgorithmConfig, LearningConfig, ScheduleConfig
+from jaxvla.learning.streaming import GradientStream
 from jaxvla.learning.train_state import TrainState
 from jaxvla.learning.train_step import TrainFunctions
 from jaxvla.telemetry.activity import ActivityMeter
@@ -146,24 +147,23 @@ class Learner:
             return _average(jax.device_get(steps))
 
     def _streamed(self) -> dict[str, Any] | None:
-        """One optimizer step from gradients accumulated as trajectories arrive."""
-        total, parts, weights = None, [], []
-        for _ in range(self._learning.trajectories_per_update):
+        """One optimizer step from gradients made as trajectories arrive. None when closed."""
+        count = self._learning.trajectories_per_update
+        stream = GradientStream(
+            self._functions,
+            params=self.state.params,
+            version=jnp.int32(self.progress.version),
+            num_trajectories=count,
+        )
+        for _ in range(count):
             items = self._take(1)
             if items is None:
                 return None
             with self._meter.busy("train"):
-                payload = self._functions.place(items[0].payload)
-                part, metrics = self._functions.gradient(
-                    self.state.params, payload, jnp.int32(self.progress.version)
-                )
-                parts.append(metrics)
-                weights.append(jnp.copy(part.weight))  # the sum it goes into is donated
-                total = part if total is None else self._functions.accumulate(total, part)
+                stream.add(self._functions.place(items[0].payload))
         with self._meter.busy("train"):
-            self.state, norm = self._functions.apply(self.state, total)
-            metrics = _average(jax.device_get(parts), jax.device_get(weights))
-            return metrics | {"grad_norm": float(norm)}
+            self.state, metrics = stream.finish(self.state)
+            return {name: float(x) for name, x in jax.device_get(metrics).items()}
 
     def _take(self, count: int) -> list[QueueItem] | None:
         with self._meter.waiting("trajectories"):
@@ -214,22 +214,13 @@ class Learner:
             )
 
 
-def _average(
-    parts: list[dict[str, Any]], weights: Sequence[float] | None = None
-) -> dict[str, float]:
-    """Mean of metrics over the parts of an update; "max" metrics keep their largest value.
-
-    Args:
-      parts: metrics of optimizer steps, which count alike, or of the parts of one step's batch.
-      weights: of the samples in each part, added up: then the result is that of the whole
-        batch. Parts of weight 0 are not read, and without any other the mean is 0.
+def _average(steps: list[dict[str, Any]]) -> dict[str, float]:
+    """Mean of metrics over the optimizer steps of an update; "/max" ones keep their largest value.
 
     A non-finite gradient norm of any step stays visible.
     """
-    weight = np.asarray([1.0] * len(parts) if weights is None else weights, np.float64)
     result = {}
-    for name in parts[0]:
-        values = np.where(weight > 0.0, [part[name] for part in parts], 0.0)
-        mean = weight @ values / (weight.sum() or 1.0)
-        result[name] = float(values.max() if name.endswith("/max") else mean)
+    for name in steps[0]:
+        values = np.asarray([step[name] for step in steps], np.float64)
+        result[name] = float(values.max() if name.endswith("/max") else values.mean())
     return result

@@ -5,6 +5,7 @@ from collections.abc import Hashable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jaxvla.config import ConfigError, OptimizerConfig, override
@@ -94,11 +95,22 @@ def freeze(params: Params, trainable: str) -> Params:
     return jax.tree_util.tree_map_with_path(stop, params)
 
 
+def trained(tree: Any, trainable: str) -> dict[str, Any]:
+    """Path -> leaf of the trainable leaves of a tree of parameters, or of one like it."""
+    return {
+        path_name(path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        if re.search(trainable, path_name(path))
+    }
+
+
+def untrained_as_zeros(leaves: dict[str, jax.Array], params: Params) -> Params:
+    """The tree that `trained` took leaves from: zeros in place of the others."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaves.get(path_name(path), jnp.zeros_like(leaf)), params
+    )
+
+
 def trained_norm(grads: Any, trainable: str) -> jax.Array:
     """Global norm of the gradients of trainable leaves, float32 []."""
-    kept = [
-        leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(grads)
-        if re.search(trainable, path_name(path))
-    ]
-    return optax.tree.norm(kept)
+    return optax.tree.norm(list(trained(grads, trainable).values()))

@@ -9,30 +9,23 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
 from jaxvla import sharding
+from jaxvla.algorithms import returns
 from jaxvla.algorithms.base import Algorithm, Metrics
 from jaxvla.algorithms.losses import blank_unused
 from jaxvla.algorithms.policy import Evaluation
-from jaxvla.learning.optimizer import freeze, trained_norm
+from jaxvla.algorithms.returns import Moments
+from jaxvla.learning import gradients
+from jaxvla.learning.gradients import GradientSum, SplitSum
+from jaxvla.learning.optimizer import freeze, trained, trained_norm, untrained_as_zeros
 from jaxvla.learning.train_state import TrainState, apply_gradients
 from jaxvla.models.base import Policy
 from jaxvla.types import Params, SupervisedBatch, TrainingBatch, Trajectory
-
-
-@flax.struct.dataclass(kw_only=True)
-class GradientSum:
-    """Gradients of trajectories, added up over samples until the optimizer step."""
-
-    grads: Params
-    """Sum over the samples of weight * gradient."""
-    weight: jax.Array
-    """float32 [], sum of the samples' weights."""
 
 
 class TrainFunctions:
@@ -75,9 +68,17 @@ class TrainFunctions:
         self.supervised_step = jax.jit(
             self._supervised_step, donate_argnums=0, out_shardings=(shardings, whole)
         )
-        sums = GradientSum(grads=shardings.params, weight=whole)
-        self.gradient = jax.jit(self._gradient, out_shardings=(sums, whole))
-        self.accumulate = jax.jit(_accumulate, donate_argnums=0, out_shardings=sums)
+        sums: Any = GradientSum(
+            grads=trained(shardings.params, trainable), metrics=whole, weight=whole
+        )
+        splits: Any = SplitSum(fixed=sums, centred=sums, unit=sums, moments=whole)
+        self.targets = jax.jit(self._targets_and_moments, out_shardings=(self.columns, whole))
+        self.merge = jax.jit(returns.merge)
+        self.gradient = jax.jit(self._gradient, out_shardings=sums)
+        self.split_gradient = jax.jit(self._split_gradient, out_shardings=splits)
+        self.accumulate = jax.jit(gradients.accumulate, donate_argnums=0, out_shardings=sums)
+        self.join = jax.jit(gradients.join, donate_argnums=0, out_shardings=splits)
+        self.settle = jax.jit(gradients.settle, out_shardings=sums)
         # The sum is not donated: no output has room for it.
         self.apply = jax.jit(self._apply_sum, donate_argnums=0, out_shardings=(shardings, whole))
 
@@ -95,9 +96,28 @@ class TrainFunctions:
 
         Args:
           params: weights that the update starts from.
-          trajectories: [T, E, ...] each.
+          trajectories: [T, E, ...] each; all of the update.
           version: int32 [], of those weights.
         """
+        batch = self._targets(params, trajectories, version)
+        return _standardized(batch, self._moments(batch))
+
+    def _targets_and_moments(
+        self, params: Params, trajectory: Trajectory, version: jax.Array
+    ) -> tuple[TrainingBatch, Moments | None]:
+        """`_prepare` for one trajectory of several: its advantages are not standardised, and come
+        with what is to be known of them for that, if they are to be."""
+        batch = self._targets(params, [trajectory], version)
+        return batch, self._moments(batch)
+
+    def _moments(self, batch: TrainingBatch) -> Moments | None:
+        if not self._algorithm.standardizes_advantages:
+            return None
+        return returns.moments(batch.advantage, batch.weight)
+
+    def _targets(
+        self, params: Params, trajectories: Sequence[Trajectory], version: jax.Array
+    ) -> TrainingBatch:
         joined = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *trajectories)
         observed = blank_unused(joined.observation, joined.valid.astype(jnp.float32))
         if self._encode_once:
@@ -143,26 +163,20 @@ class TrainFunctions:
 
         return jax.tree.map(take, batch)
 
-    def _loss_and_grad(
-        self, params: Params, batch: TrainingBatch, is_encoded: bool
-    ) -> tuple[Params, Metrics]:
-        def loss(params: Params) -> tuple[jax.Array, Metrics]:
-            params = freeze(params, self._trainable)
-            samples = batch
-            if not is_encoded:
-                encoding = self._policy.encode(params, batch.observation)
-                samples = dataclasses.replace(batch, observation=encoding)
-            return self._algorithm.loss(self._policy, params, samples)
-
-        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        return grads, metrics
+    def _loss(self, params: Params, batch: TrainingBatch) -> tuple[jax.Array, Metrics]:
+        """Of samples [N, ...] that `_prepare` or `_targets` made."""
+        params = freeze(params, self._trainable)
+        if not self._encode_once:
+            encoding = self._policy.encode(params, batch.observation)
+            batch = dataclasses.replace(batch, observation=encoding)
+        return self._algorithm.loss(self._policy, params, batch)
 
     def _step(
         self, state: TrainState, batch: TrainingBatch, order: jax.Array, index: jax.Array
     ) -> tuple[TrainState, Metrics]:
         """One optimizer step on minibatch `index` of an epoch with sample order `order`."""
         minibatch = self._minibatch(batch, order, index)
-        grads, metrics = self._loss_and_grad(state.params, minibatch, self._encode_once)
+        grads, metrics = jax.grad(self._loss, has_aux=True)(state.params, minibatch)
         state, norm = self._apply(state, grads)
         return state, metrics | {"grad_norm": norm}
 
@@ -171,20 +185,27 @@ class TrainFunctions:
         return apply_gradients(state, grads, norm, self._optimizer), norm
 
     def _gradient(
-        self, params: Params, trajectory: Trajectory, version: jax.Array
-    ) -> tuple[GradientSum, Metrics]:
-        """Gradient of one trajectory's loss, for accumulation; see `_prepare` for `version`."""
-        batch = self._prepare(params, [trajectory], version)
-        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
-        grads, metrics = self._loss_and_grad(params, flat, self._encode_once)
-        weight = flat.weight.sum()
-        total = jax.tree.map(lambda g: weight * g, grads)
-        return GradientSum(grads=total, weight=weight), metrics
+        self, params: Params, batch: TrainingBatch, moments: Moments | None
+    ) -> GradientSum:
+        """Of one trajectory's samples [T, E, ...], for accumulation.
 
-    def _apply_sum(self, state: TrainState, total: GradientSum) -> tuple[TrainState, jax.Array]:
+        Args:
+          params: weights that the update starts from.
+          batch: from `targets`.
+          moments: of the advantages of the whole update; None where they stay as they are.
+        """
+        samples = _flat(_standardized(batch, moments))
+        return gradients.gradient(self._loss, params, samples, self._trainable)
+
+    def _split_gradient(self, params: Params, batch: TrainingBatch, moments: Moments) -> SplitSum:
+        """The same while nothing is known but the moments of these very advantages."""
+        return gradients.split_gradient(self._loss, params, _flat(batch), self._trainable, moments)
+
+    def _apply_sum(self, state: TrainState, total: GradientSum) -> tuple[TrainState, Metrics]:
         """One optimizer step on the mean over all samples, as if they had come in one batch."""
-        weight = jnp.where(total.weight > 0.0, total.weight, 1.0)
-        return self._apply(state, jax.tree.map(lambda g: g / weight, total.grads))
+        grads, metrics = gradients.means(total)
+        state, norm = self._apply(state, untrained_as_zeros(grads, state.params))
+        return state, metrics | {"grad_norm": norm}
 
     def _supervised_step(
         self, state: TrainState, batch: SupervisedBatch, key: jax.Array
@@ -202,6 +223,14 @@ class TrainFunctions:
         return state, metrics | {"grad_norm": norm}
 
 
-def _accumulate(total: GradientSum, part: GradientSum) -> GradientSum:
-    """Adds one trajectory's share."""
-    return jax.tree.map(jnp.add, total, part)
+def _standardized(batch: TrainingBatch, moments: Moments | None) -> TrainingBatch:
+    """Advantages made ready for the loss; None: they are."""
+    if moments is None:
+        return batch
+    advantage = returns.standardize(batch.advantage, batch.weight, moments)
+    return dataclasses.replace(batch, advantage=advantage)
+
+
+def _flat(batch: TrainingBatch) -> TrainingBatch:
+    """[T, B, ...] -> [T * B, ...]."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)

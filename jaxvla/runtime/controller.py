@@ -8,6 +8,7 @@ waits for   the learner's last update, a failure, or a signal
 unblocked by  the programs
 """
 
+import dataclasses
 import functools
 import logging
 import pathlib
@@ -39,7 +40,8 @@ from jaxvla.telemetry.progress import RunSummary, Screen
 from jaxvla.telemetry.writers import RunInfo
 from jaxvla.transport.base import WeightStore
 from jaxvla.transport.in_process import InProcessQueue, InProcessWeightStore
-from jaxvla.transport.staleness import CreditRule, StalenessViolation
+from jaxvla.transport.schedule import FREE, Schedule, ServerSchedule
+from jaxvla.transport.staleness import StalenessViolation, credit_rule
 from jaxvla.types import Params, SupervisedBatch
 
 _LOG = logging.getLogger(__name__)
@@ -62,6 +64,7 @@ class Controller:
         screen: Screen,
         stop_requested: threading.Event,
         command: str,
+        schedule: Schedule = FREE,
     ):
         """Args:
         blueprint: what to run.
@@ -69,6 +72,7 @@ class Controller:
         screen: where to show.
         stop_requested: set by signals.
         command: the command line; it also continues the run.
+        schedule: to record or replay a run, which must be a new one.
         """
         self.config = blueprint.config
         self._parts = Parts(blueprint)
@@ -76,6 +80,7 @@ class Controller:
         self._screen = screen
         self._stop_requested = stop_requested
         self._command = command
+        self._schedule = schedule
         self._telemetry = Telemetry(
             workdir=workdir, screen=screen, is_tracing=self.config.telemetry.trace
         )
@@ -86,9 +91,14 @@ class Controller:
         self._before: dict[str, Any] | None = None
         self._after: dict[str, Any] | None = None
         self._training = self._parts.training(self.config.optimizer)
-        self._bound = self.config.schedule.staleness_bound
-        self._queue = InProcessQueue(self._credit_rule(), lease_s=self.config.simulation.lease_s)
-        self._store: WeightStore = InProcessWeightStore(on_acknowledged=self._queue.advance)
+        self._rule = credit_rule(self.config)
+        lease_s = float("inf") if schedule.is_replay else self.config.simulation.lease_s
+        self._queue = InProcessQueue(self._rule, lease_s=lease_s, schedule=schedule)
+        self._store: WeightStore = InProcessWeightStore(
+            on_acknowledged=self._queue.advance,
+            trainable=self.config.optimizer.trainable,
+            schedule=schedule,
+        )
         self._evaluator = Evaluator(
             config=self.config.evaluation,
             sampler=self._parts.sampler,
@@ -141,14 +151,6 @@ class Controller:
             self._save(learner)
         self._close_books(outcome, detail)
         return code
-
-    def _credit_rule(self) -> CreditRule:
-        return CreditRule(
-            trajectories_per_update=self.config.learning.trajectories_per_update,
-            max_staleness=self._bound,
-            publish_interval=self.config.schedule.publish_interval,
-            num_updates=self.config.learning.num_updates,
-        )
 
     # ---------------------------------------------------------------- before training
 
@@ -240,6 +242,10 @@ class Controller:
         self, state: TrainState, progress: Progress, snapshots: dict[str, GroupSnapshot]
     ) -> Learner:
         self._snapshots = snapshots
+        planned = self.config.learning.num_updates
+        num_updates = self._schedule.num_updates(planned)
+        if num_updates < planned:
+            self._screen.message(f"the schedule ends after update {num_updates} of {planned}")
         return Learner(
             functions=self._training.functions,
             state=state,
@@ -247,7 +253,7 @@ class Controller:
             queue=self._queue,
             store=self._store,
             key=rng.stream(self._parts.root, "learning"),
-            learning=self.config.learning,
+            learning=dataclasses.replace(self.config.learning, num_updates=num_updates),
             schedule=self.config.schedule,
             algorithm=self.config.algorithm,
             recorder=self._telemetry.recorder,
@@ -263,6 +269,7 @@ class Controller:
             store=self._store,
             recorder=self._telemetry.recorder,
             meter=self._telemetry.meters["serving"],
+            schedule=self._schedule,
         )
         learner.publish_current()
         if learner.progress.version == 0:
@@ -296,11 +303,14 @@ class Controller:
             for program in programs:
                 program.close()
 
-    def _batcher(self) -> Batcher:
-        """Dynamic batching, or lockstep: one batch when every client has asked."""
+    def _batcher(self, schedule: ServerSchedule) -> Batcher:
+        """Dynamic batching, or lockstep: one batch when every client has asked.
+
+        A replay has no use for timers.
+        """
         serving, simulation = self.config.serving, self.config.simulation
         total = simulation.envs_per_group * simulation.num_groups
-        is_dynamic = self.config.schedule.overlap_rollout
+        is_dynamic = self.config.schedule.overlap_rollout and not schedule.is_replay
         deadline_s = serving.deadline_ms / 1e3 or float("inf")
         tuner = Tuner(
             buckets=serving.buckets, max_rows=serving.max_batch, longest_wait_s=deadline_s / 2
@@ -310,29 +320,36 @@ class Controller:
             max_wait_s=serving.max_wait_ms / 1e3 if is_dynamic else float("inf"),
             max_rows=serving.max_batch,
             capacity_rows=max(total, serving.max_batch),
-            deadline_s=deadline_s,
+            deadline_s=float("inf") if schedule.is_replay else deadline_s,
             tuner=tuner if is_dynamic and serving.batching == "adaptive" else None,
+            schedule=schedule,
         )
 
     def _on_update(self, learner: Learner) -> None:
         """After every update, in the learner's thread: record, evaluation, checkpoint."""
         version, config = learner.progress.version, self.config
+        meter = self._telemetry.meters["learning"]
         evaluation: dict[str, Any] = {}
         interval = config.evaluation.interval
         if interval and version % interval == 0 and version < config.learning.num_updates:
-            evaluation = self._evaluate(learner, is_final=False) or {}
+            with meter.waiting("evaluation"):
+                evaluation = self._evaluate(learner, is_final=False) or {}
         self._telemetry.record_update(
             version=version,
             staleness=learner.staleness,
-            bound=self._bound,
+            bound=self._rule.bound,
             queue=self._queue,
             store=self._store,
             num_env_steps=learner.num_env_steps,
             evaluation=evaluation,
         )
         learner.staleness, learner.num_env_steps = [], 0
+        for name, count in self._telemetry.recorder.totals().items():
+            if name.startswith("faults/simulator_restarts/") and count:
+                self._schedule.restarted(f"{count:g} env processes ({name})")
         if version % config.checkpoint.interval == 0:
-            self._save(learner)
+            with meter.waiting("checkpoint"):
+                self._save(learner)
 
     def _evaluate(self, learner: Learner, *, is_final: bool) -> dict[str, Any] | None:
         """The deterministic policy on the fixed episodes; videos of the final one.
@@ -382,7 +399,7 @@ class Controller:
             env_steps_per_s=self._telemetry.env_steps_per_s(),
             activities=self._telemetry.activities(),
             max_staleness=self._telemetry.max_staleness,
-            staleness_bound=self._bound,
+            staleness_bound=self._rule.bound,
             workdir=self._workdir,
             next_command=self._command + (" --job=evaluate" if outcome == "finished" else ""),
         )

@@ -18,7 +18,8 @@ from jaxvla.learning.optimizer import freeze, make_optimizer
 from jaxvla.learning.train_state import init_state
 from jaxvla.runtime.build import Blueprint, Parts
 from jaxvla.sharding import params_shardings, path_name
-from jaxvla.types import TrainingBatch, stand_in
+from jaxvla.transport.staleness import credit_rule
+from jaxvla.types import PolicySample, TrainingBatch, Trajectory, stand_in
 
 _MIB = 2.0**20
 
@@ -116,8 +117,7 @@ def _activation_bytes(blueprint: Blueprint, rows: int) -> int:
     config, policy = blueprint.config, blueprint.policy
     algorithm = ALGORITHMS.get(config.algorithm.name)(config.algorithm)
     params, observation = blueprint.params_struct(), blueprint.observation_struct(rows)
-    keys = jax.eval_shape(lambda: jax.random.split(rng.root_key(0), rows))
-    sample = jax.eval_shape(lambda p, o, k: policy.act(p, o, k, True), params, observation, keys)
+    sample = _sample_struct(blueprint, rows)
     scalar = stand_in(jax.ShapeDtypeStruct((rows,), jnp.float32))
     batch = TrainingBatch(
         observation=observation,
@@ -141,6 +141,38 @@ def _activation_bytes(blueprint: Blueprint, rows: int) -> int:
         return jax.vjp(loss, params)[1]
 
     return _nbytes(jax.eval_shape(residuals, params, batch))
+
+
+def _sample_struct(blueprint: Blueprint, rows: int) -> PolicySample:
+    """Shapes and dtypes of an inference result."""
+    keys = jax.eval_shape(lambda: jax.random.split(rng.root_key(0), rows))
+    return jax.eval_shape(
+        lambda params, observation, keys: blueprint.policy.act(params, observation, keys, True),
+        blueprint.params_struct(),
+        blueprint.observation_struct(rows),
+        keys,
+    )
+
+
+def _trajectory_bytes(blueprint: Blueprint) -> int:
+    """Bytes of a trajectory in the queue."""
+    simulation = blueprint.config.simulation
+    rows = simulation.envs_per_group * simulation.segment_length
+    sample = _sample_struct(blueprint, rows)
+    flag = stand_in(jax.ShapeDtypeStruct((rows,), jnp.bool_))
+    trajectory = Trajectory(
+        observation=blueprint.observation_struct(rows),
+        trace=sample.trace,
+        behavior_log_prob=sample.log_prob,
+        value=sample.value,
+        reward=sample.value,
+        terminated=flag,
+        truncated=flag,
+        bootstrap_value=sample.value,
+        valid=flag,
+        policy_version=stand_in(jax.ShapeDtypeStruct((rows,), jnp.int32)),
+    )
+    return _nbytes(trajectory)
 
 
 def _encoding_bytes(blueprint: Blueprint, rows: int) -> int:
@@ -174,5 +206,11 @@ def _schedule_lines(blueprint: Blueprint) -> Iterator[str]:
     switches = ("overlap_training", "overlap_rollout", "stream_microbatches")
     states = ", ".join(f"{name} {'on' if getattr(schedule, name) else 'off'}" for name in switches)
     yield f"schedule   {states}"
+    rule, nbytes = credit_rule(blueprint.config), _trajectory_bytes(blueprint)
+    window = f" (max_staleness {rule.max_staleness}, window {rule.window})"
     published = f"published every {schedule.publish_interval}"
-    yield f"staleness  bound {schedule.staleness_bound}, {published}"
+    yield f"staleness  bound {rule.bound}{window if rule.window > 1 else ''}, {published}"
+    yield (
+        f"queue      at most {rule.most_present} trajectories of {nbytes / _MIB:.2f} MiB = "
+        f"{rule.most_present * nbytes / _MIB:.1f} MiB"
+    )

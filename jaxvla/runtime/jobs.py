@@ -1,5 +1,6 @@
 """The jobs of the command line, from a validated config to an exit code."""
 
+import contextlib
 import importlib.metadata
 import pathlib
 import platform
@@ -26,6 +27,8 @@ from jaxvla.runtime.signals import stop_on_signals
 from jaxvla.telemetry.metrics import MetricRecorder
 from jaxvla.telemetry.progress import Screen
 from jaxvla.telemetry.writers import find_writers, write_json
+from jaxvla.transport.schedule import Schedule
+from jaxvla.transport.schedule_file import ScheduleRecorder, ScheduleReplay
 from jaxvla.validation import validate_devices
 
 EXIT_FINISHED, EXIT_UNSAFE = 0, 4
@@ -40,6 +43,8 @@ def run(
     is_dry_run: bool,
     may_resume: bool,
     command: str,
+    record_schedule: pathlib.Path | None = None,
+    replay_schedule: pathlib.Path | None = None,
 ) -> int:
     """Runs one job.
 
@@ -50,17 +55,21 @@ def run(
       is_dry_run: print the plan only.
       may_resume: a used work directory is continued; otherwise it is refused.
       command: the command line that was given, for "next" lines.
+      record_schedule: new file to write the schedule of the run to.
+      replay_schedule: file of the schedule to follow.
 
     Returns:
       The exit code of the contract.
 
     Raises:
-      UsageError: the config does not fit the env, the devices, the work directory or the
-        checkpoint in it. Nothing has been written then.
+      UsageError: the config does not fit the env, the devices, the work directory, the
+        checkpoint in it or the schedule to replay. Nothing has been written then.
     """
     _check_plugins(config)
     if not is_dry_run:
         _check_workdir(workdir, job, may_resume)
+    _check_schedules(record_schedule, replay_schedule, job, workdir)
+    replay = ScheduleReplay(replay_schedule) if replay_schedule else None
     # Before the env is made, which may put arrays on a device.
     validate_devices(config, _num_devices())
     try:
@@ -69,6 +78,8 @@ def run(
         raise
     except ValueError as error:  # an optional package, or a library of it, is missing
         raise UsageError(f"config.env.name = {config.env.name!r}: {error}") from error
+    if replay is not None:
+        replay.require(blueprint.config)
     if job == "train":
         _check_learning(blueprint)
     if is_dry_run:
@@ -77,14 +88,18 @@ def run(
         return EXIT_FINISHED
     _check_checkpoint(blueprint, workdir, job)
     _configure_jax(config)
+    schedule = replay or _recorder(record_schedule, blueprint)
     try:
-        return _run(blueprint, job, workdir, command)
+        with contextlib.closing(schedule):
+            return _run(blueprint, job, workdir, command, schedule)
     except CorruptCheckpointError as error:
         sys.stderr.write(f"error: {error}\n")
         return EXIT_UNSAFE
 
 
-def _run(blueprint: Blueprint, job: str, workdir: pathlib.Path, command: str) -> int:
+def _run(
+    blueprint: Blueprint, job: str, workdir: pathlib.Path, command: str, schedule: Schedule
+) -> int:
     """Runs a job that is known to fit."""
     stop_requested = threading.Event()
     num_updates = blueprint.config.learning.num_updates
@@ -101,6 +116,7 @@ def _run(blueprint: Blueprint, job: str, workdir: pathlib.Path, command: str) ->
             screen=screen,
             stop_requested=stop_requested,
             command=command,
+            schedule=schedule,
         ).run()
 
 
@@ -206,6 +222,38 @@ def _check_workdir(workdir: pathlib.Path, job: str, may_resume: bool) -> None:
         raise UsageError(
             f"--workdir={workdir}: holds no checkpoints to evaluate. Fix: run --job=train with it"
         )
+
+
+def _check_schedules(
+    record: pathlib.Path | None, replay: pathlib.Path | None, job: str, workdir: pathlib.Path
+) -> None:
+    """Refuses schedules where there is none, and runs that do not begin at their beginning."""
+    if record is None and replay is None:
+        return
+    flag = f"--record_schedule={record}" if record else f"--replay_schedule={replay}"
+    if record and replay:
+        raise UsageError(f"{flag} with --replay_schedule={replay}. Fix: give one of them")
+    if job != "train":
+        raise UsageError(f"{flag}: job {job!r} has no schedule. Fix: --job=train")
+    if workdir.is_dir() and any(workdir.iterdir()):
+        raise UsageError(
+            f"{flag}: --workdir={workdir} is not empty, and a run that goes on from a checkpoint "
+            "cannot be replayed. Fix: --workdir=NEW_DIR"
+        )
+    if record and record.exists():
+        raise UsageError(f"{flag}: is there already. Fix: --record_schedule=NEW_FILE")
+
+
+def _recorder(path: pathlib.Path | None, blueprint: Blueprint) -> Schedule:
+    """A schedule that is written to a file, if there is one to write."""
+    if path is None:
+        return Schedule()
+    try:
+        return ScheduleRecorder(path, blueprint.config)
+    except OSError as error:
+        raise UsageError(
+            f"--record_schedule={path}: {error}. Fix: --record_schedule=NEW_FILE"
+        ) from error
 
 
 def _write_config(blueprint: Blueprint, workdir: pathlib.Path) -> None:

@@ -13,6 +13,7 @@ from jaxvla.simulation.group import EnvGroup
 from jaxvla.telemetry.activity import ActivityMeter
 from jaxvla.telemetry.metrics import MetricRecorder
 from jaxvla.transport.base import WeightStore
+from jaxvla.transport.schedule import FREE, Schedule, ServerSchedule
 
 
 class PolicyServers:
@@ -26,34 +27,38 @@ class PolicyServers:
         self,
         parts: Parts,
         *,
-        make_batcher: Callable[[], Batcher],
+        make_batcher: Callable[[ServerSchedule], Batcher],
         store: WeightStore,
         recorder: MetricRecorder,
         meter: ActivityMeter,
+        schedule: Schedule = FREE,
     ):
         """Subscribes every server, so that the store waits for all of them.
 
         Args:
           parts: with a sampler for each server.
-          make_batcher: called once per server.
+          make_batcher: called once per server, with the server's schedule.
           store: where weights come from.
           recorder, meter: of the serving role.
+          schedule: of a run that is recorded or replayed.
         """
+        self._schedule = schedule
         self._serving = parts.config.serving
-        self._batchers = [make_batcher() for _ in parts.samplers]
+        names = [f"server_{index}" for index in range(len(parts.samplers))]
+        schedules = [schedule.server(name) for name in names]
+        self._batchers = [make_batcher(part) for part in schedules]
         self.programs = tuple(
             PolicyServer(
-                name=f"server_{index}",
+                name=name,
                 sampler=sampler,
                 batcher=batcher,
-                subscribe=functools.partial(
-                    store.subscribe, f"server_{index}", sampler.params_shardings
-                ),
+                subscribe=functools.partial(store.subscribe, name, sampler.params_shardings),
                 recorder=recorder,
                 meter=meter,
+                schedule=part,
             )
-            for index, (sampler, batcher) in enumerate(
-                zip(parts.samplers, self._batchers, strict=True)
+            for name, sampler, batcher, part in zip(
+                names, parts.samplers, self._batchers, schedules, strict=True
             )
         )
 
@@ -64,7 +69,7 @@ class PolicyServers:
         )
         names = [group.name for group in groups]
         fixed = None if servers is None else dict(zip(names, servers, strict=True))
-        router = Router(len(self.programs), fixed)
+        router = Router(len(self.programs), fixed, self._schedule)
         return [
             RoutedClient(
                 [InferenceClient(batcher, group.name) for batcher in self._batchers],

@@ -1,6 +1,7 @@
 """The programs of a run, joined as in training, around emulated stages."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -21,6 +22,7 @@ from jaxvla.scaling.emulation import (
     empty_train_state,
 )
 from jaxvla.scaling.profiles import STAGES, Placement, StageCosts, Workload
+from jaxvla.serving.adaptive import Tuner
 from jaxvla.serving.batcher import Batcher
 from jaxvla.serving.client import InferenceClient
 from jaxvla.serving.routing import RoutedClient, Router
@@ -34,14 +36,28 @@ from jaxvla.transport.in_process import InProcessQueue, InProcessWeightStore
 from jaxvla.transport.staleness import CreditRule
 
 FORWARD_S = 0.073
-"""Emulated seconds of a forward pass that do not depend on its rows. No row of the paper tells
-them; they are at most the time of a single row, 73 ms for pi0 on one GPU (arXiv:2410.24164,
-appendix D)."""
+"""Default of `Batching.forward_s`. No row of the paper tells it; it is at most the time of a
+single row, 73 ms for pi0 on one GPU (arXiv:2410.24164, appendix D)."""
 VARIATION = {"simulation": 0.05, "inference": 0.02, "training": 0.02}
 """Default of `RunPlan.variation`. An assumption: the paper gives no spread, and none of its means
 depends on it."""
 ROLES = {"simulation": "simulation", "inference": "serving", "training": "learning"}
 """Stage -> role of the program that runs it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batching:
+    """When batches fire where groups need not wait for each other."""
+
+    trigger_groups: int = 1
+    """Groups whose requests together start a batch."""
+    max_wait_s: float = math.inf
+    """Emulated; longest time that a request is held back."""
+    is_adaptive: bool = False
+    """The two above are where the tuner starts."""
+    forward_s: float = FORWARD_S
+    """Emulated seconds of a forward pass that do not depend on its rows. The whole batch takes
+    as long whatever they are."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +75,7 @@ class RunPlan:
     envs_per_group: int
     """With `num_envs` in each of two groups, whole batches are double-buffered."""
     schedule: ScheduleConfig
+    batching: Batching = field(default_factory=Batching)
     num_warmup: int
     """First updates, which are not measured; at least 1."""
     num_updates: int
@@ -103,7 +120,7 @@ class _Log:
     times_s: list[float] = field(default_factory=list)
     """Emulated."""
     stage_s: list[dict[str, float]] = field(default_factory=list)
-    """Finished work by stage, emulated."""
+    """Work done by stage, emulated."""
     env_steps: list[int] = field(default_factory=list)
     """Consumed by each update."""
     staleness: list[int] = field(default_factory=list)
@@ -125,12 +142,13 @@ class EmulatedRun:
         self._pools = {name: DevicePool(self._time) for name in names}
         # Without the run's last update: simulation goes on as if there were no end, or else the
         # last updates would have the devices to themselves.
-        rule = CreditRule(
+        self._rule = CreditRule(
             trajectories_per_update=plan.trajectories_per_update,
-            max_staleness=plan.schedule.staleness_bound,
+            max_staleness=plan.schedule.staleness_in_force,
+            window=plan.schedule.window_in_force,
             publish_interval=plan.schedule.publish_interval,
         )
-        self._queue = InProcessQueue(rule)
+        self._queue = InProcessQueue(self._rule)
         self._store = InProcessWeightStore(on_acknowledged=self._queue.advance)
         self._batcher = self._make_batcher()
         self._key = jax.random.key(plan.seed)
@@ -162,7 +180,7 @@ class EmulatedRun:
             step_std_s=float(steps_s.std()),
             env_steps_per_s=sum(log.env_steps[plan.num_warmup :]) / window_s,
             staleness_max=max(log.staleness),
-            staleness_bound=plan.schedule.staleness_bound,
+            staleness_bound=self._rule.bound,
             stage_busy={name: (end[name] - begin[name]) / window_s for name in STAGES},
             activities=log.activities,
         )
@@ -170,10 +188,11 @@ class EmulatedRun:
     def _on_update(self, learner: Learner) -> None:
         """Notes where the run stands, in the learner's thread."""
         log = self._log
-        log.times_s.append(self._time.now_s())
+        now_s = self._time.now_s()
+        log.times_s.append(now_s)
         stage_s: dict[str, float] = {}
         for pool in self._pools.values():
-            stage_s |= pool.busy_s()
+            stage_s |= pool.busy_s(now_s)
         log.stage_s.append(stage_s)
         log.staleness += learner.staleness
         log.env_steps.append(learner.num_env_steps)
@@ -192,14 +211,18 @@ class EmulatedRun:
         )
 
     def _make_batcher(self) -> Batcher:
-        """One group's request starts a batch; in lockstep, those of all groups together do."""
-        plan = self.plan
-        rows = plan.num_groups * plan.envs_per_group
+        """As `plan.batching` says; in lockstep, the requests of all groups make a batch."""
+        plan, batching, envs = self.plan, self.plan.batching, self.plan.envs_per_group
+        rows, is_dynamic = plan.num_groups * envs, plan.schedule.overlap_rollout
+        tuner = Tuner(buckets=range(envs, rows + 1, envs), max_rows=rows)
         return Batcher(
-            trigger_rows=plan.envs_per_group if plan.schedule.overlap_rollout else rows,
-            max_wait_s=float("inf"),
+            trigger_rows=batching.trigger_groups * envs if is_dynamic else rows,
+            max_wait_s=batching.max_wait_s if is_dynamic else math.inf,
             max_rows=rows,
             capacity_rows=rows,
+            tuner=tuner if is_dynamic and batching.is_adaptive else None,
+            clock=self._time.now_s,
+            wait=self._time.wait,
         )
 
     def _make_learner(self) -> Learner:
@@ -237,7 +260,7 @@ class EmulatedRun:
         whole_s = plan.costs.inference_s / plan.workload.num_passes
         sampler = EmulatedSampler(
             self._stage("inference"),
-            cost=AffineCost.of(whole_s, plan.num_envs, fixed_s=FORWARD_S),
+            cost=AffineCost.of(whole_s, plan.num_envs, fixed_s=plan.batching.forward_s),
             max_rows=plan.num_groups * plan.envs_per_group,
         )
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -7,9 +7,11 @@ the machine that is emulated.
 import contextlib
 import heapq
 import itertools
+import math
 import os
 import threading
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 _THREADS = "/proc/self/task"
@@ -24,6 +26,13 @@ class EmulatedTime(Protocol):
 
     def sleep_until(self, end_s: float) -> None:
         """Returns at or after the emulated time `end_s`."""
+        ...
+
+    def wait(self, condition: threading.Condition, span_s: float | None) -> None:
+        """Waits on a condition that the caller holds, as `Condition.wait` with emulated seconds.
+
+        May return early, and for no reason.
+        """
         ...
 
     def __enter__(self) -> "EmulatedTime": ...
@@ -49,6 +58,10 @@ class FastTime(EmulatedTime):
         left_s = end_s - self.now_s()
         if left_s > 0.0:
             time.sleep(left_s / self._speed)
+
+    def wait(self, condition: threading.Condition, span_s: float | None) -> None:
+        """See EmulatedTime.wait."""
+        condition.wait(None if span_s is None else span_s / self._speed)
 
     def __enter__(self) -> "FastTime":
         return self
@@ -76,7 +89,7 @@ class IdleTime(EmulatedTime):
         self._lock = threading.Lock()
         """Guards what follows."""
         self._now_s = 0.0
-        self._sleepers: list[tuple[float, int, threading.Event]] = []
+        self._sleepers: list[tuple[float, int, Callable[[], None]]] = []
         """Heap of (wake time, order of arrival, what wakes it)."""
         self._numbers = itertools.count()
         self._has_sleepers = threading.Event()
@@ -94,9 +107,21 @@ class IdleTime(EmulatedTime):
             if end_s <= self._now_s:
                 return
             woken = threading.Event()
-            heapq.heappush(self._sleepers, (end_s, next(self._numbers), woken))
-            self._has_sleepers.set()
+            self._push(end_s, woken.set)
         woken.wait()
+
+    def wait(self, condition: threading.Condition, span_s: float | None) -> None:
+        """See EmulatedTime.wait."""
+
+        def notify() -> None:
+            with condition:
+                condition.notify_all()
+
+        if span_s is not None:
+            with self._lock:
+                # A span too short to change the time would be waited for again and again.
+                self._push(max(self._now_s + span_s, math.nextafter(self._now_s, math.inf)), notify)
+        condition.wait()
 
     def __enter__(self) -> "IdleTime":
         self._watcher.start()
@@ -123,14 +148,22 @@ class IdleTime(EmulatedTime):
             if seen is not None and seen == threads.look():
                 self._advance()
 
+    def _push(self, end_s: float, wake: Callable[[], None]) -> None:
+        """Adds a sleeper. Callers hold the lock."""
+        heapq.heappush(self._sleepers, (end_s, next(self._numbers), wake))
+        self._has_sleepers.set()
+
     def _advance(self) -> None:
         """Wakes those who sleep until the earliest time."""
+        due = []
         with self._lock:
             self._now_s = self._sleepers[0][0]
             while self._sleepers and self._sleepers[0][0] <= self._now_s:
-                heapq.heappop(self._sleepers)[2].set()
+                due.append(heapq.heappop(self._sleepers)[2])
             if not self._sleepers and not self._is_closed:
                 self._has_sleepers.clear()
+        for wake in due:  # a condition's lock may be held by somebody who asks for the time
+            wake()
 
 
 class OtherThreads:

@@ -10,6 +10,7 @@ overlap.
 
 import math
 import threading
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxvla.learning.gradients import GradientSum
 from jaxvla.learning.train_state import TrainState
-from jaxvla.learning.train_step import GradientSum
 from jaxvla.scaling.emulated_time import EmulatedTime
 from jaxvla.simulation.group import Cursor
 from jaxvla.telemetry.activity import ActivityMeter
@@ -38,7 +39,9 @@ class DevicePool:
         self._lock = threading.Lock()
         self._free_s = -math.inf
         """Emulated time at which everything asked for so far is done."""
-        self._busy_s: dict[str, float] = {}
+        self._pieces: deque[tuple[str, float, float]] = deque()
+        """Stage, start and end of what was not finished when `busy_s` was last asked."""
+        self._finished_s: dict[str, float] = {}
 
     def run(self, stage: str, work_s: float, meter: ActivityMeter) -> None:
         """Does `work_s` emulated seconds of work and returns when it is done.
@@ -51,16 +54,21 @@ class DevicePool:
         with self._lock:
             start_s = max(self._time.now_s(), self._free_s)
             end_s = self._free_s = start_s + work_s
+            self._pieces.append((stage, start_s, end_s))
         with meter.waiting("devices"):
             self._time.sleep_until(start_s)
         self._time.sleep_until(end_s)
-        with self._lock:
-            self._busy_s[stage] = self._busy_s.get(stage, 0.0) + work_s
 
-    def busy_s(self) -> dict[str, float]:
-        """Emulated seconds of finished work by stage."""
+    def busy_s(self, now_s: float) -> dict[str, float]:
+        """Emulated seconds of work by stage up to `now_s`, which never goes back."""
         with self._lock:
-            return dict(self._busy_s)
+            while self._pieces and self._pieces[0][2] <= now_s:
+                stage, start_s, end_s = self._pieces.popleft()
+                self._finished_s[stage] = self._finished_s.get(stage, 0.0) + end_s - start_s
+            busy_s = defaultdict(float, self._finished_s)
+            for stage, start_s, _ in self._pieces:
+                busy_s[stage] += max(0.0, now_s - start_s)
+        return dict(busy_s)
 
 
 class Stage:
@@ -243,20 +251,22 @@ class EmulatedTrainFunctions:
         self._stage.run(self._step_s)
         return state, {"grad_norm": 0.0}
 
-    def gradient(
-        self, params: Any, trajectory: Any, version: Any
-    ) -> tuple[GradientSum, dict[str, float]]:
+    def targets(self, params: Any, trajectory: Any, version: Any) -> tuple[None, None]:
+        """Nothing, and no statistics; their cost is part of the gradient's."""
+        return None, None
+
+    def gradient(self, params: Any, batch: Any, moments: Any) -> GradientSum:
         """The gradient of one trajectory."""
         self._stage.run(self._gradient_s)
-        return GradientSum(grads={}, weight=jnp.ones(())), {"loss/total": 0.0}
+        return GradientSum(grads={}, metrics={}, weight=jnp.ones(()))
 
     def accumulate(self, total: GradientSum, part: GradientSum) -> GradientSum:
         """The first sum: there is nothing to add."""
         return total
 
-    def apply(self, state: TrainState, total: GradientSum) -> tuple[TrainState, float]:
+    def apply(self, state: TrainState, total: GradientSum) -> tuple[TrainState, dict[str, float]]:
         """The optimizer step; its cost is part of the gradients'."""
-        return state, 0.0
+        return state, {"loss/total": 0.0, "grad_norm": 0.0}
 
 
 def empty_train_state() -> TrainState:

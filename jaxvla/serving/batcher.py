@@ -12,7 +12,8 @@ A batch fires when any of these holds:
 It then takes everything queued of the oldest request's kind, in order of arrival, up to
 `max_rows`. A request is never split, and none overtakes an older one of its kind.
 
-`trigger_rows` and `max_wait_s` are fixed, or follow a tuner (`serving.adaptive`).
+`trigger_rows` and `max_wait_s` are fixed, or follow a tuner (`serving.adaptive`). In a replay
+(`transport.schedule`) the recorded requests make a batch as soon as they all wait, and no other.
 
 A request that is `deadline_s` old and not in a batch yet is answered with `Expired`, by whoever
 calls `next_batch` or `submit` next, and never computed. A busy server does not call, so the
@@ -36,6 +37,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxvla.serving.adaptive import Setting, Tuner
+from jaxvla.transport.schedule import FREE_SERVER, ServerSchedule
 
 
 class Busy(RuntimeError):  # noqa: N818 - an answer to the client, not a defect
@@ -95,7 +97,9 @@ class Batcher:
       capacity_rows: waiting rows beyond which `submit` refuses.
       deadline_s: age at which a waiting request expires; may be inf.
       tuner: chooses other values of `trigger_rows` and `max_wait_s` than those to start with.
+      schedule: of the server; a replay wants no limit on times and no tuner.
       clock: monotonic seconds.
+      wait: waits on a held condition for so many seconds of the clock at most, None: for ever.
 
     Raises:
       ValueError: unless 1 <= trigger_rows <= max_rows <= capacity_rows, max_wait_s >= 0 and
@@ -111,7 +115,9 @@ class Batcher:
         capacity_rows: int,
         deadline_s: float = math.inf,
         tuner: Tuner | None = None,
+        schedule: ServerSchedule = FREE_SERVER,
         clock: Callable[[], float] = time.monotonic,
+        wait: Callable[[threading.Condition, float | None], object] = threading.Condition.wait,
     ):
         if not 1 <= trigger_rows <= max_rows <= capacity_rows:
             raise ValueError(
@@ -128,8 +134,10 @@ class Batcher:
         self._capacity_rows = capacity_rows
         self._deadline_s = deadline_s
         self._tuner = tuner
+        self._schedule = schedule
         self.clock = clock
         """Monotonic seconds; `Request.submitted_s` is measured with it."""
+        self._wait = wait
         self._changed = threading.Condition()
         self._clients: set[str] = set()
         self._waiting: list[Request] = []
@@ -258,7 +266,8 @@ class Batcher:
                     self._is_woken = False
                     return batch
                 wake_s = min(end_s, self._due_s())
-                self._changed.wait(None if wake_s == math.inf else max(0.0, wake_s - now_s))
+                span_s = None if wake_s == math.inf else max(0.0, wake_s - now_s)
+                self._wait(self._changed, span_s)
             return None
 
     def wake(self) -> None:
@@ -299,12 +308,19 @@ class Batcher:
     def _due_batch(self, now_s: float) -> Batch | None:
         """The batch that fires now, if any."""
         self._drop_dead(now_s)
-        while self._is_due(now_s):
-            batch = self._fire(now_s)
+        while chosen := self._choose(now_s):
+            batch = self._fire(chosen, now_s)
             # A client may cancel between the line above and the one that locks its future.
             if batch.requests:
                 return batch
         return None
+
+    def _choose(self, now_s: float) -> list[Request]:
+        """The requests of the batch that fires now; none if there is no reason to."""
+        if self._schedule.is_replay:
+            waiting = {request.client: request for request in self._waiting}
+            return [waiting[client] for client in self._schedule.pick(waiting)]
+        return self._fitting() if self._is_due(now_s) else []
 
     def _is_due(self, now_s: float) -> bool:
         """The firing rules."""
@@ -315,19 +331,22 @@ class Batcher:
             or self._waiting[0].number < self._num_due
         )
 
-    def _fire(self, now_s: float) -> Batch:
-        """Takes a batch of the oldest request's kind out of the queue."""
-        kind = self._waiting[0].kind
-        chosen: list[Request] = []
-        rest: list[Request] = []
-        rows = 0
+    def _fitting(self) -> list[Request]:
+        """What a batch of the oldest request's kind takes."""
+        kind, rows = self._waiting[0].kind, 0
+        fitting: list[Request] = []
         for request in self._waiting:
             if request.kind == kind:
                 rows += request.rows
-            # Once a request does not fit, younger ones of its kind must not overtake it.
-            fits = request.kind == kind and rows <= self._max_rows
-            (chosen if fits else rest).append(request)
-        self._waiting = rest
+                # Once one does not fit, younger ones must not overtake it.
+                if rows <= self._max_rows:
+                    fitting.append(request)
+        return fitting
+
+    def _fire(self, chosen: list[Request], now_s: float) -> Batch:
+        """Takes requests of one kind out of the queue."""
+        kind, fired = chosen[0].kind, set(chosen)
+        self._waiting = [request for request in self._waiting if request not in fired]
         self._num_due = self._num_submitted
         running = tuple(x for x in chosen if x.future.set_running_or_notify_cancel())
         waits_s = tuple(now_s - request.submitted_s for request in running)

@@ -4,7 +4,8 @@ A client keeps its server while it has joined, which is a segment long. With a f
 the same server every time. Without one (greedy) a client that joins gets the server with the
 fewest rows registered, the first of several such. A slow server keeps its clients for longer
 and so gets fewer new ones; and as none is given a client while it has more than another,
-groups of one size are never spread more unevenly than n and n + 1 by joining.
+groups of one size are never spread more unevenly than n and n + 1 by joining. In a replay
+(`transport.schedule`) it gets the one that it had.
 """
 
 import threading
@@ -14,17 +15,25 @@ from concurrent.futures import Future
 import numpy as np
 
 from jaxvla.serving.client import InferenceClient
+from jaxvla.transport.schedule import FREE, Schedule
 from jaxvla.types import Observation
 
 
 class Router:
     """Who is registered with which server. Thread-safe."""
 
-    def __init__(self, num_servers: int, fixed: Mapping[str, int] | None = None):
+    def __init__(
+        self,
+        num_servers: int,
+        fixed: Mapping[str, int] | None = None,
+        schedule: Schedule = FREE,
+    ):
         """Args:
         num_servers: policy servers.
         fixed: client -> server index; None for greedy.
+        schedule: of a run that is recorded or replayed.
         """
+        self.schedule = schedule
         self._fixed = fixed
         self._rows = [0] * num_servers
         """Rows registered, by server."""
@@ -47,6 +56,7 @@ class Router:
                 server = self._fixed[client]
             else:
                 raise ValueError(f"client {client!r} has no server; {sorted(self._fixed)} have")
+            server = self.schedule.joined(client, server)
             self._clients[client] = server, rows
             self._rows[server] += rows
             return server
@@ -62,6 +72,7 @@ class Router:
                 raise ValueError(f"client {client!r} is not registered")
             server, rows = self._clients.pop(client)
             self._rows[server] -= rows
+            self.schedule.left(client)
 
 
 class RoutedClient:
@@ -97,4 +108,5 @@ class RoutedClient:
         """See `InferenceClient.submit`."""
         if self._joined is None:
             raise ValueError(f"client {self.name!r} is not registered")
+        self._router.schedule.asked(self.name, kind, len(keys))
         return self._joined.submit(kind, observation, keys)

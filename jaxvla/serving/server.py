@@ -21,6 +21,7 @@ from jaxvla.serving.sampling import Sampler
 from jaxvla.telemetry.activity import ActivityMeter
 from jaxvla.telemetry.metrics import Distribution, Mean, MetricRecorder, Rate, Total
 from jaxvla.transport.base import WeightSubscription
+from jaxvla.transport.schedule import FREE_SERVER, Served, ServerSchedule
 from jaxvla.types import Params
 
 _LOG = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class PolicyServer:
         subscribe: Callable[[Callable[[], None]], WeightSubscription],
         recorder: MetricRecorder,
         meter: ActivityMeter,
+        schedule: ServerSchedule = FREE_SERVER,
     ):
         """Args:
         name: of its thread, in logs and traces.
@@ -56,6 +58,7 @@ class PolicyServer:
         subscribe: makes the weight subscription from a wake-up callback.
         recorder: metrics.
         meter: busy / wait accounting.
+        schedule: the one that the batcher and the subscription follow.
         """
         self._name = name
         self._sampler = sampler
@@ -63,6 +66,7 @@ class PolicyServer:
         self._subscription = subscribe(batcher.wake)
         self._recorder = recorder
         self._meter = meter
+        self._schedule = schedule
         self._weights: _Weights | None = None
         self._compilations = _CompilationCounter()
 
@@ -92,12 +96,11 @@ class PolicyServer:
         self._subscription.close()
 
     def _swap_weights(self) -> None:
-        pulled = self._subscription.poll()
-        if pulled is None:
-            return
-        version, params = pulled
-        self._weights = _Weights(version=version, params=params)
-        self._subscription.acknowledge(version)
+        """Swaps in what there is; in a replay that may be several versions, one by one."""
+        while (pulled := self._subscription.poll()) is not None:
+            version, params = pulled
+            self._weights = _Weights(version=version, params=params)
+            self._subscription.acknowledge(version)
 
     def _serve(self, batch: Batch) -> None:
         """Answers every request of a batch, with an error if there is no other answer."""
@@ -115,6 +118,8 @@ class PolicyServer:
         weights = self._weights
         if weights is None:
             raise RuntimeError("a request arrived before the first weights were published")
+        asked = tuple((request.client, request.rows) for request in batch.requests)
+        self._schedule.running(Served(kind=batch.kind, version=weights.version, requests=asked))
         with self._meter.busy("infer"):
             queries = [request.payload for request in batch.requests]
             keys = np.concatenate([query.keys for query in queries])

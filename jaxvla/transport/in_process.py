@@ -14,8 +14,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from jaxvla.transport.base import (
     Ledger,
@@ -26,7 +24,9 @@ from jaxvla.transport.base import (
     WeightStore,
     WeightSubscription,
 )
+from jaxvla.transport.schedule import FREE, Schedule, ServerSchedule
 from jaxvla.transport.staleness import CreditRule, TicketBook
+from jaxvla.transport.weight_copy import Copier, params_copier, spec_of
 from jaxvla.types import Params
 
 T = TypeVar("T")
@@ -35,7 +35,8 @@ T = TypeVar("T")
 class InProcessQueue(TrajectoryQueue):
     """A queue behind one lock.
 
-    Tickets are given out in the order of the calls of `admit`, so no owner is starved.
+    Tickets are given out in the order of the calls of `admit`, so no owner is starved, unless
+    the schedule says otherwise.
     Waiting threads sleep on a condition until something changes, their own time-out, or the
     next lease runs out.
 
@@ -44,6 +45,7 @@ class InProcessQueue(TrajectoryQueue):
       lease_s: age in seconds at which a ticket that was not put is failed; far above the
         slowest healthy trajectory.
       max_bytes: limit on what the queue may hold, see `TicketBook`; None for no limit.
+      schedule: of a run that is recorded or replayed.
       clock: monotonic seconds.
     """
 
@@ -53,9 +55,13 @@ class InProcessQueue(TrajectoryQueue):
         *,
         lease_s: float = math.inf,
         max_bytes: int | None = None,
+        schedule: Schedule = FREE,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._book = TicketBook(rule, lease_s=lease_s, max_bytes=max_bytes)
+        self._book = TicketBook(
+            rule, lease_s=lease_s, max_bytes=max_bytes, on_failed=schedule.failed
+        )
+        self._schedule = schedule
         self._clock = clock
         self._changed = threading.Condition()
         self._line: deque[object] = deque()
@@ -67,7 +73,12 @@ class InProcessQueue(TrajectoryQueue):
         turn = object()
 
         def attempt(now_s: float) -> Ticket | None:
-            return self._book.admit(owner, now_s) if self._line[0] is turn else None
+            if not self._schedule.may_admit(owner, is_first=self._line[0] is turn):
+                return None
+            ticket = self._book.admit(owner, now_s)
+            if ticket is not None:
+                self._schedule.admitted(ticket)
+            return ticket
 
         with self._changed:
             self._line.append(turn)
@@ -126,7 +137,10 @@ class InProcessQueue(TrajectoryQueue):
         def attempt(_: float) -> list[QueueItem] | None:
             if self._book.drop_future(learner_version):
                 self._changed.notify_all()
-            return self._book.take(count, learner_version)
+            items = self._book.take(count, learner_version, self._schedule.next_take(count))
+            if items is not None:
+                self._schedule.taken([item.ticket.id for item in items])
+            return items
 
         with self._changed:
             return self._wait(attempt, timeout_s)
@@ -141,6 +155,7 @@ class InProcessQueue(TrajectoryQueue):
         """See `TrajectoryQueue.close`."""
         with self._changed:
             self._is_closed = True
+            self._schedule.ended()
             self._book.drop_all(reason)
             self._changed.notify_all()
 
@@ -194,6 +209,9 @@ class InProcessWeightStore(WeightStore):
       on_acknowledged: called with the new `acknowledged_version` whenever it rises, without
         locks held, so that calls of two threads may overtake each other. Meant for
         `TrajectoryQueue.advance`.
+      trainable: regular expression over leaf paths. Other leaves must be the same in every
+        version: each server gets them once, with the first version it gets.
+      schedule: of a run that is recorded or replayed.
       clock: monotonic seconds.
     """
 
@@ -201,9 +219,13 @@ class InProcessWeightStore(WeightStore):
         self,
         *,
         on_acknowledged: Callable[[int], None] | None = None,
+        trainable: str = ".*",
+        schedule: Schedule = FREE,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._on_acknowledged = on_acknowledged
+        self._trainable = trainable
+        self._schedule = schedule
         self._clock = clock
         self._publishing = threading.Lock()
         """Serialises `publish` and `subscribe`; taken before `_changed`, held while copying."""
@@ -239,10 +261,12 @@ class InProcessWeightStore(WeightStore):
         with self._publishing:
             if name in self._subscriptions:
                 raise ValueError(f"a weight subscription named {name!r} is live")
-            subscription = InProcessSubscription(self, name, shardings, on_publish)
+            schedule = self._schedule.server(name)
+            copy = params_copier(shardings, self._trainable)
+            subscription = InProcessSubscription(self, name, copy, on_publish, schedule)
             if self._newest is not None:
                 version, params = self._newest
-                subscription.staged = version, subscription.copy(params)
+                subscription.stage(version, subscription.copy(params)[0])
             with self._changed:
                 self._subscriptions[name] = subscription
         return subscription
@@ -257,8 +281,8 @@ class InProcessWeightStore(WeightStore):
             copiers = [x.copy for x in live] or [
                 params_copier(jax.tree.map(lambda x: x.sharding, params))
             ]
-            copies = jax.block_until_ready([copy(params) for copy in copiers])
-            self._stage(version, live, copies, start_s)
+            made = jax.block_until_ready([copy(params) for copy in copiers])
+            self._stage(version, live, made, start_s)
         for subscription in live:
             if subscription.on_publish is not None:
                 subscription.on_publish()
@@ -290,7 +314,7 @@ class InProcessWeightStore(WeightStore):
         """Refuses old versions and trees unlike the first, before anything is copied."""
         if version < 0 or (self._newest is not None and version <= self._newest[0]):
             raise ValueError(f"weights version {version} after {self.latest_version}")
-        spec = _spec_of(params)
+        spec = spec_of(params)
         if self._newest is None:
             self._spec = spec
         for name in sorted(self._spec.keys() | spec.keys()):
@@ -304,17 +328,17 @@ class InProcessWeightStore(WeightStore):
         self,
         version: int,
         live: "list[InProcessSubscription]",
-        copies: list[Params],
+        made: list[tuple[Params, int]],
         start_s: float,
     ) -> None:
         """Second phase of a publication: hands copy i to subscription i, if there are any."""
         with self._changed:
-            for subscription, params in zip(live, copies, strict=bool(live)):
-                subscription.staged = version, params
-            self._newest = version, copies[0]
+            for subscription, (params, _) in zip(live, made, strict=bool(live)):
+                subscription.stage(version, params)
+            self._newest = version, made[0][0]
             self._staged_s[version] = self._clock()
             self._publish_ms = 1e3 * (self._staged_s[version] - start_s)
-            self._nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(copies))
+            self._nbytes = sum(nbytes for _, nbytes in made)
             self._changed.notify_all()
 
     def _settle(self) -> None:
@@ -343,25 +367,35 @@ class InProcessSubscription(WeightSubscription):
         self,
         store: InProcessWeightStore,
         name: str,
-        shardings: Any,
+        copy: Copier,
         on_publish: Callable[[], None] | None,
+        schedule: ServerSchedule,
     ):
         self._store = store
         self.name = name
-        self.copy = params_copier(shardings)
+        self.copy = copy
         self.on_publish = on_publish
-        self.staged: tuple[int, Params] | None = None
-        """Newest version that was not pulled."""
+        self._schedule = schedule
+        self._staged: dict[int, Params] = {}
+        """The newest version, unless it was pulled; in a replay all that were not."""
         self.pulled_version = -1
         self.acknowledged_version = -1
+
+    def stage(self, version: int, params: Params) -> None:
+        """Makes a version ready to be pulled."""
+        if not self._schedule.is_replay:
+            self._staged.clear()
+        self._staged[version] = params
 
     def poll(self) -> tuple[int, Params] | None:
         """See `WeightSubscription.poll`."""
         with self._store._changed:
-            pulled, self.staged = self.staged, None
-            if pulled is not None:
-                self.pulled_version = pulled[0]
-            return pulled
+            version = self._schedule.pull(self._staged)
+            if version is None:
+                return None
+            self.pulled_version, params = version, self._staged[version]
+            self._staged = {v: x for v, x in self._staged.items() if v > version}
+            return version, params
 
     def acknowledge(self, version: int) -> None:
         """See `WeightSubscription.acknowledge`."""
@@ -378,52 +412,5 @@ class InProcessSubscription(WeightSubscription):
         with self._store._changed:
             if self._store._subscriptions.get(self.name) is self:
                 del self._store._subscriptions[self.name]
-            self.staged = None
+            self._staged.clear()
         self._store._settle()
-
-
-def params_copier(shardings: Any) -> Callable[[Params], Params]:
-    """Returns a function that copies parameters to `shardings` and never aliases its input.
-
-    `jax.device_put` returns the same buffers where a device already holds what is asked for,
-    and they die when the learner donates them. So wherever source and target share a device
-    the copy goes through a jitted `jnp.copy`, whose outputs are fresh buffers.
-
-    Args:
-      shardings: one sharding, or a pytree of them that matches the parameters.
-    """
-    clone = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)
-    targets = {_device_order(x) for x in jax.tree.leaves(shardings)}
-    devices = frozenset().union(*targets)
-
-    def copy(params: Params) -> Params:
-        sources = {_device_order(leaf.sharding) for leaf in jax.tree.leaves(params)}
-        if sources == targets:
-            return clone(params)
-        moved = jax.device_put(params, shardings)
-        return moved if devices.isdisjoint(*sources) else clone(moved)
-
-    return copy
-
-
-def _device_order(sharding: jax.sharding.Sharding) -> tuple[Any, ...]:
-    """Devices in mesh order: one jitted call takes arrays of a single order only."""
-    mesh = sharding.mesh if isinstance(sharding, jax.sharding.NamedSharding) else None
-    if isinstance(mesh, jax.sharding.Mesh):
-        return tuple(np.ravel(mesh.devices))
-    return tuple(sorted(sharding.device_set, key=lambda device: device.id))
-
-
-def _spec_of(params: Params) -> dict[str, str]:
-    """Leaf path such as "decoder/kernel" -> dtype and shape such as "float32[4,8]".
-
-    Raises:
-      ValueError: a leaf is no jax.Array.
-    """
-    spec = {}
-    for path, leaf in jax.tree.leaves_with_path(params):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if not isinstance(leaf, jax.Array):
-            raise ValueError(f"leaf {name!r} is a {type(leaf).__name__}, not a jax.Array")
-        spec[name] = f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
-    return spec

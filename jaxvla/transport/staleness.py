@@ -1,4 +1,6 @@
-"""The staleness bound: credit rule, ticket book, and why they hold. No locks, no clock.
+"""The staleness bound: credit rule and ticket book. No locks, no clock.
+
+The proofs, and the tests that go with them, are in docs/staleness.md.
 
 Words
   P  trajectories per update; S  max_staleness; W  window; k  publish_interval.
@@ -17,28 +19,11 @@ Rules
             is among the first W live tickets counted from the oldest outstanding one (that
             one included, and trajectories already taken from behind it included). W = 1 is
             plain admission order; a larger W lets up to W - 1 trajectories overtake a straggler.
+  lease     a ticket that is outstanding for longer fails.
+  restart   at version v, taken starts from v * P.
 
-Safety: staleness <= S + ceil((W - 1) / P).
-  The credit rule bounds the rank r of a new ticket by (v + S + 1) * P, and later failures can
-  only lower it. Before its trajectory is taken, at most r - 1 older and, by the order rule,
-  W - 1 younger ones are taken. As an update takes P, the learner version by then is at most
-  floor((r + W - 2) / P) <= v + S + 1 + floor((W - 2) / P) = v + S + ceil((W - 1) / P).
-  All samples were made by version v or a newer one, because servers never go back.
-  Credit without order gives no bound: a straggler is overtaken any number of times.
-
-Liveness: the learner always gets its next batch, if k <= S + 1.
-  At learner version L the learner has taken L * P. The newest published version is at least
-  L - k + 1, and once the servers have swapped it in, the credit left over is at least
-  (v + S + 1 - L) * P >= (S + 2 - k) * P >= P. Every outstanding ticket ends, by its lease if
-  nothing else, and one that ends badly gives its credit to a successor. Were failures not to
-  return their credit, the credit of one update could be lost, and the run would stand still.
-
-Restart at version v: taken starts from v * P, as if the earlier updates had been consumed, so
-the credit is that of a run that has come this far and not (v + S + 1) * P at once. What was in
-flight or ready is counted as dropped, reason "restart".
-
-The lease must be far longer than the slowest healthy trajectory: a lease that cuts off slow
-ones makes the data favour short episodes, as discarding stale trajectories would.
+Bound: staleness <= S + ceil((W - 1) / P). With k <= S + 1 the learner always gets its next batch.
+At most (S + 1) * P trajectories are outstanding, ready, or taken by an update in progress.
 
 The credit rule alone, without the order rule and its proof, is AReaL's (arXiv:2505.24298,
 staleness-aware training; https://github.com/inclusionAI/AReaL, staleness_manager.py).
@@ -47,10 +32,11 @@ staleness-aware training; https://github.com/inclusionAI/AReaL, staleness_manage
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jaxvla.config import ExperimentConfig
 from jaxvla.transport.base import Ledger, QueueItem, Ticket
 
 
@@ -100,6 +86,11 @@ class CreditRule:
         """Largest staleness a trajectory can have when it is taken."""
         return self.max_staleness + math.ceil((self.window - 1) / self.trajectories_per_update)
 
+    @property
+    def most_present(self) -> int:
+        """Largest number of trajectories outstanding, ready, or taken by an update in progress."""
+        return (self.max_staleness + 1) * self.trajectories_per_update
+
     def limit(self, pulled_version: int) -> int:
         """Largest allowed outstanding + ready + taken."""
         versions = pulled_version + self.max_staleness + 1
@@ -118,6 +109,18 @@ class CreditRule:
             )
 
 
+def credit_rule(config: ExperimentConfig) -> CreditRule:
+    """The rule of a validated config."""
+    schedule, learning = config.schedule, config.learning
+    return CreditRule(
+        trajectories_per_update=learning.trajectories_per_update,
+        max_staleness=schedule.staleness_in_force,
+        publish_interval=schedule.publish_interval,
+        window=schedule.window_in_force,
+        num_updates=learning.num_updates,
+    )
+
+
 class TicketBook:
     """Every ticket from its admission to its end, exactly once.
 
@@ -130,14 +133,23 @@ class TicketBook:
       max_bytes: second limit on admission; every ticket that is outstanding or ready is
         reckoned at the largest payload seen so far. The first tickets of a run, given out
         before any payload is known, are limited by credit alone.
+      on_failed: called with every ticket that is dropped one by one, and the reason.
     """
 
-    def __init__(self, rule: CreditRule, *, lease_s: float, max_bytes: int | None):
+    def __init__(
+        self,
+        rule: CreditRule,
+        *,
+        lease_s: float,
+        max_bytes: int | None,
+        on_failed: Callable[[Ticket, str], None] = lambda ticket, reason: None,
+    ):
         if lease_s <= 0:
             raise ValueError(f"lease_s = {lease_s}, must be positive")
         self.rule = rule
         self._lease_s = lease_s
         self._max_bytes = max_bytes
+        self._on_failed = on_failed
         self._largest_nbytes = 0
         self._pulled_version = 0
         self._next_id = 0
@@ -209,6 +221,7 @@ class TicketBook:
             return False
         self._end_lease(ticket.id)
         self._dropped[reason] += 1
+        self._on_failed(ticket, reason)
         return True
 
     def fail_owner(self, owner: str, reason: str) -> int:
@@ -231,7 +244,7 @@ class TicketBook:
         """
         future = [i for i, x in self._ready.items() if x.policy_version_max > learner_version]
         for i in future:
-            del self._ready[i]
+            self._on_failed(self._ready.pop(i).ticket, "future")
         self._dropped["future"] += len(future)
         return len(future)
 
@@ -249,15 +262,20 @@ class TicketBook:
         window = [i for i in live if i >= anchor][: self.rule.window]
         return [i for i in ready if i <= window[-1]]
 
-    def take(self, count: int, learner_version: int) -> list[QueueItem] | None:
+    def take(
+        self, count: int, learner_version: int, wanted: Sequence[int] | None = None
+    ) -> list[QueueItem] | None:
         """Takes `count` trajectories, oldest first, or None while there are too few.
+
+        With `wanted`, the ids of `count` tickets, it takes these, or None while it may not.
 
         Raises:
           StalenessViolation: nothing was taken.
           ValueError: the request can never be served.
         """
         self._check_request(count, learner_version)
-        ids = self.takable()[:count]
+        takable = self.takable()
+        ids = takable[:count] if wanted is None else [i for i in wanted if i in takable]
         if len(ids) < count:
             return None
         for i in ids:

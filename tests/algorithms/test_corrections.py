@@ -158,7 +158,7 @@ def test_metrics_equal_float64(kind: str) -> None:
         "behavior_weight/capped_fraction": np.mean(
             [weight_reference(kind, x, CONFIG)[1] for x in used]
         ),
-        "behavior_weight/effective_fraction": weights.sum() ** 2 / (weights**2).sum() / len(used),
+        "behavior_weight/mean_square": np.square(weights).mean(),
         "behavior_approx_kl": np.mean([math.exp(x) - 1.0 - x for x in used]),
     }
     assert made.keys() == expected.keys()

@@ -118,7 +118,7 @@ def test_without_staleness_every_kind_is_plain_ppo_to_the_bit(
         for name, value in metrics_0.items():
             np.testing.assert_array_equal(metrics[name], value, err_msg=name)
         if kind != "none":
-            assert metrics["behavior_weight/effective_fraction"] == 1.0
+            assert metrics["behavior_weight/mean_square"] == 1.0
             assert metrics["behavior_approx_kl"] == 0.0
         assert float(loss_and_grad(corrected, flat(made), params)[0][0]) == pytest.approx(
             float(loss_0), rel=1e-6

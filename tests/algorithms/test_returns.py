@@ -16,7 +16,16 @@ from jaxvla.algorithms import returns
 # The discounts are traced, so that a test compiles once per shape.
 jitted = jax.jit(returns.generalized_advantages)
 jitted_vtrace = jax.jit(returns.vtrace)
-standardize = jax.jit(returns.standardize)
+
+
+jitted_moments = jax.jit(returns.moments)
+jitted_merge = jax.jit(returns.merge)
+
+
+@jax.jit
+def standardize(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """By the moments of x itself."""
+    return returns.standardize(x, weight, returns.moments(x, weight))
 
 
 def advantages(arrays: Arrays, *, discount: float, trace_decay: float) -> np.ndarray:
@@ -329,3 +338,26 @@ def test_standardize_of_many() -> None:
     x = np.random.default_rng(0).normal(5.0, 3.0, (64, 32)).astype(np.float32)
     actual = np.asarray(standardize(x, np.ones_like(x)), np.float64)
     assert abs(actual.mean()) < 1e-6 and abs(actual.std() - 1.0) < 1e-5
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    x=hnp.arrays(np.float32, (3, 4), elements=finite),
+    is_used=hnp.arrays(np.bool_, (3, 4)),
+    shift=st.sampled_from([0.0, 1e4]),
+)
+def test_merged_moments_are_those_of_all_entries(
+    x: np.ndarray, is_used: np.ndarray, shift: float
+) -> None:
+    """In float64; also of parts without an entry, and of numbers far from 0."""
+    x = (x + np.float32(shift)).astype(np.float32)
+    parts = [
+        jitted_moments(row, used.astype(np.float32)) for row, used in zip(x, is_used, strict=True)
+    ]
+    made = jitted_merge(jitted_merge(parts[0], parts[1]), parts[2])
+    used = x[is_used].astype(np.float64)
+    assert float(made.count) == used.size
+    mean = used.mean() if used.size else 0.0
+    np.testing.assert_allclose(made.mean, mean, rtol=1e-6, atol=1e-3)
+    squares = np.square(used - mean).sum()
+    np.testing.assert_allclose(made.squares, squares, rtol=1e-4, atol=1e-3 + 1e-3 * squares**0.5)

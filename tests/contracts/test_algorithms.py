@@ -1,5 +1,6 @@
 """What every registered algorithm promises to the learner."""
 
+import dataclasses
 import typing
 from typing import Any
 
@@ -136,3 +137,23 @@ def test_unused_samples_do_not_matter(algorithm: Any, params: Params) -> None:
     expected = gradient(algorithm, moved, jax.tree.map(lambda x: x[used], batch))
     np.testing.assert_allclose(gradient(algorithm, moved, batch), expected, atol=1e-6)
     assert np.abs(expected).max() > 1e-3
+
+
+def test_a_loss_on_standardized_advantages_is_affine_in_them(
+    algorithm: Any, params: Params
+) -> None:
+    """Where "clip_fraction" is 0, which it is for weights that are just being updated."""
+    if not algorithm.standardizes_advantages:
+        pytest.skip("reads the advantages that it made")
+    batch = flat(prepare(algorithm, params, make_trajectory(params, num_invalid=2)))
+
+    def outcome(advantage: Any) -> np.ndarray:
+        given = dataclasses.replace(batch, advantage=jnp.asarray(advantage, jnp.float32))
+        loss, metrics = algorithm.loss(GaussianPolicy(), params, given)
+        assert float(metrics["clip_fraction"]) == 0.0
+        return np.concatenate([[loss], gradient(algorithm, params, given).ravel()])
+
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(2, T * B))
+    apart = outcome(x) + outcome(-3.0 * y) - outcome(0.0 * x)
+    np.testing.assert_allclose(outcome(x - 3.0 * y), apart, atol=1e-5)

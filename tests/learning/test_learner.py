@@ -204,9 +204,10 @@ def test_an_update_is_epochs_of_minibatch_steps(training) -> None:
     assert int(state.num_steps) == 4
 
 
-def test_streamed_equals_batched(training) -> None:
-    """With one epoch of one minibatch, and no statistics of the whole batch."""
-    made = training(eps=1e-3)
+@pytest.mark.parametrize("standardize", [False, True])
+def test_streamed_equals_batched(training, standardize: bool) -> None:
+    """With one epoch of one minibatch."""
+    made = training(eps=1e-3, standardize=standardize)
     parts = [make_trajectory(seed, num_invalid=seed) for seed in range(6)]
     batched, streamed = (
         Run(made, parts, schedule={"stream_microbatches": is_streamed}).run()
@@ -220,9 +221,10 @@ def test_streamed_equals_batched(training) -> None:
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
-def test_streamed_metrics_are_those_of_the_whole_batch(training) -> None:
+@pytest.mark.parametrize("standardize", [False, True])
+def test_streamed_metrics_are_those_of_the_whole_batch(training, standardize: bool) -> None:
     """Trajectories count by their valid samples: here 16, 13, 2 and none."""
-    made = training(eps=1e-3)
+    made = training(eps=1e-3, standardize=standardize)
     parts = [make_trajectory(seed, num_invalid=n) for seed, n in enumerate((0, 3, 14, 16))]
     learning = {"num_updates": 1, "trajectories_per_update": 4}
     batched, streamed = (
@@ -234,7 +236,8 @@ def test_streamed_metrics_are_those_of_the_whole_batch(training) -> None:
     names = [name for name in batched if name.startswith("learner/")]
     assert len(names) == 9
     for name in names:
-        assert streamed[name] == pytest.approx(batched[name], rel=1e-4), name
+        assert streamed[name] == pytest.approx(batched[name], rel=1e-4, abs=1e-6), name
+    assert ("learner/deferred_fraction" in streamed) == standardize
 
 
 def test_streamed_metrics_without_any_valid_sample_are_zero(training) -> None:

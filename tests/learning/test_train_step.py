@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from linear_policy import ACTION_DIM, STATE_DIM, LinearPolicy, make_trajectory
+from one_step import one_batched_step, one_streamed_step
 
+from jaxvla.learning.streaming import GradientStream
 from jaxvla.learning.train_state import TrainState
 from jaxvla.types import SupervisedBatch, TrainingBatch, Trajectory
 
@@ -24,6 +26,7 @@ class Spy:
     """An algorithm that labels samples and shows the labels of a minibatch as metrics."""
 
     needs_evaluation = False
+    standardizes_advantages = False
 
     def prepare(
         self, trajectory: Trajectory, *, version: jax.Array, evaluation: None
@@ -120,21 +123,13 @@ def test_the_order_does_not_depend_on_the_mesh(training) -> None:
 
 
 def streamed(training, trajectories: list[Trajectory]) -> tuple[TrainState, float]:
-    functions, state = training.functions, training.fresh_state()
-    total = None
-    for trajectory in trajectories:
-        part, _ = functions.gradient(state.params, functions.place(trajectory), VERSION)
-        total = part if total is None else functions.accumulate(total, part)
-    state, norm = functions.apply(state, total)
-    return state, float(norm)
+    state, metrics = one_streamed_step(training, trajectories, VERSION)
+    return state, metrics["grad_norm"]
 
 
 def batched(training, trajectories: list[Trajectory]) -> tuple[TrainState, float]:
-    functions, state = training.functions, training.fresh_state()
-    batch = functions.prepare(state.params, [functions.place(x) for x in trajectories], VERSION)
-    order = functions.draw(jax.random.key(0), batch.weight.shape)
-    state, metrics = functions.step(state, batch, order, jnp.int32(0))
-    return state, float(metrics["grad_norm"])
+    state, metrics = one_batched_step(training, trajectories, VERSION)
+    return state, metrics["grad_norm"]
 
 
 @pytest.mark.parametrize("num_invalid", [0, 11])
@@ -191,11 +186,12 @@ def test_state_and_sums_are_donated_and_parameters_of_a_gradient_are_not(
     made = training(layout=layout)
     functions, state = made.functions, made.fresh_state()
     trajectory = functions.place(make_trajectory(1))
-    first, _ = functions.gradient(state.params, trajectory, VERSION)
-    second, _ = functions.gradient(state.params, trajectory, VERSION)
+    samples = functions.targets(state.params, trajectory, VERSION)
+    first, second = (functions.gradient(state.params, *samples) for _ in range(2))
     total = functions.accumulate(first, second)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first.grads))
-    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((second, state, trajectory)))
+    kept = second, state, trajectory, samples
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(kept))
     applied, _ = functions.apply(state, total)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     batch = functions.prepare(applied.params, [trajectory], VERSION)
@@ -247,11 +243,13 @@ def compilations() -> Iterator[list[str]]:
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
+@pytest.mark.parametrize("standardize", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_nothing_is_compiled_after_the_first_update(
-    training, compilations: list[str], layout: str
+    training, compilations: list[str], layout: str, standardize: bool
 ) -> None:
-    made = training(LinearPolicy(), layout=layout, num_minibatches=2)  # of this test's own
+    settings = {"layout": layout, "num_minibatches": 2, "standardize": standardize}
+    made = training(LinearPolicy(), **settings)  # of this test's own
     functions, state = made.functions, made.fresh_state()
 
     def update(state: TrainState, seed: int) -> TrainState:
@@ -261,10 +259,12 @@ def test_nothing_is_compiled_after_the_first_update(
             order = functions.draw(jax.random.key(epoch), batch.weight.shape)
             for index in (0, 1):
                 state, _ = functions.step(state, batch, order, jnp.int32(index))
-        total, _ = functions.gradient(state.params, parts[0], jnp.int32(seed))
-        more, _ = functions.gradient(state.params, parts[1], jnp.int32(seed))
-        state, _ = functions.apply(state, functions.accumulate(total, more))
-        return state
+        stream = GradientStream(
+            functions, params=state.params, version=jnp.int32(seed), num_trajectories=4
+        )
+        for part in (*parts, *parts):
+            stream.add(part)
+        return stream.finish(state)[0]
 
     state = update(state, 0)
     assert compilations  # the counter counts

@@ -167,10 +167,12 @@ class StagedFunctions:
         self._finish()
         return state, {"grad_norm": np.float32(1.0)}
 
-    def gradient(self, params: Any, trajectory: Any, *_: Any) -> tuple[Any, dict[str, Any]]:
+    def targets(self, *_: Any) -> tuple[None, None]:
+        return None, None
+
+    def gradient(self, *_: Any) -> None:
         self._stages.enter("gradient", self._num_gradients)
         self._num_gradients += 1
-        return SimpleNamespace(weight=np.float32(1.0)), {"loss": np.float32(0.0)}
 
     def accumulate(self, total: Any, part: Any) -> Any:
         return total
@@ -178,7 +180,7 @@ class StagedFunctions:
     def apply(self, state: Any, total: Any) -> tuple[Any, Any]:
         self._stages.enter("apply", self._num_updates)
         self._finish()
-        return state, np.float32(1.0)
+        return state, {"grad_norm": np.float32(1.0)}
 
     def _finish(self) -> None:
         self._stages.note("trained", self._num_updates)
@@ -204,7 +206,7 @@ def run(
     )
     rule = CreditRule(
         trajectories_per_update=per_update,
-        max_staleness=schedule.staleness_bound,
+        max_staleness=schedule.staleness_in_force,
         num_updates=num_updates,
     )
     queue = InProcessQueue(rule)

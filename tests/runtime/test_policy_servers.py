@@ -19,6 +19,7 @@ from jaxvla.telemetry.activity import ActivityMeter
 from jaxvla.telemetry.metrics import MetricRecorder
 from jaxvla.telemetry.tracing import Tracer
 from jaxvla.transport.in_process import InProcessQueue, InProcessWeightStore
+from jaxvla.transport.schedule import ServerSchedule
 from jaxvla.transport.staleness import CreditRule
 from jaxvla.types import Observation
 
@@ -102,9 +103,10 @@ class Rig:
             ProgramThreads(x, self.meter, lambda _: None) for x in self.servers.programs
         ]
 
-    def _make_batcher(self) -> Batcher:
+    def _make_batcher(self, schedule: ServerSchedule) -> Batcher:
         limits: dict[str, Any] = {"trigger_rows": 1, "max_wait_s": math.inf}
-        self.batchers.append(ListeningBatcher(**limits, max_rows=BUCKET, capacity_rows=BUCKET))
+        limits |= {"max_rows": BUCKET, "capacity_rows": BUCKET, "schedule": schedule}
+        self.batchers.append(ListeningBatcher(**limits))
         return self.batchers[-1]
 
     def start(self) -> None:

@@ -25,6 +25,7 @@ from jaxvla.runtime.controller import Controller
 from jaxvla.simulation.unroll import TokenTable
 from jaxvla.telemetry.metrics import Record
 from jaxvla.telemetry.progress import Screen
+from jaxvla.transport.schedule import FREE, Schedule
 
 TIMEOUT_S = 60.0
 """For waits that end at once unless the code is broken."""
@@ -102,7 +103,7 @@ class HookedScreen(Screen):
 class Run:
     """One process' share of a run."""
 
-    def __init__(self, workdir: pathlib.Path, blueprint: Blueprint):
+    def __init__(self, workdir: pathlib.Path, blueprint: Blueprint, schedule: Schedule = FREE):
         self.workdir = workdir
         self.stop = threading.Event()
         self._output = io.StringIO()
@@ -114,6 +115,7 @@ class Run:
             screen=self.screen,
             stop_requested=self.stop,
             command=COMMAND,
+            schedule=schedule,
         )
 
     def run(self) -> int:

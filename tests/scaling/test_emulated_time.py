@@ -51,6 +51,50 @@ def test_idle_time_jumps_to_the_next_sleeper():
         assert clock.now_s() == 1e9
 
 
+def test_fast_time_waits_for_a_condition_in_emulated_seconds():
+    condition = threading.Condition()
+    with FastTime(1000.0) as clock, condition:
+        begin_s = clock.now_s()
+        while clock.now_s() < begin_s + 20.0:  # a real wait of 20 s is beyond the time limit
+            clock.wait(condition, begin_s + 20.0 - clock.now_s())
+
+
+@linux_only
+def test_idle_time_ends_a_wait_that_nobody_answers():
+    condition = threading.Condition()
+    with IdleTime() as clock, condition:
+        clock.wait(condition, 1e9)
+        assert clock.now_s() == 1e9
+        clock.wait(condition, 1e-9)  # less than the clock resolves
+        assert clock.now_s() > 1e9
+
+
+@linux_only
+@pytest.mark.parametrize("span_s", [5.0, None])
+def test_idle_time_lets_a_wait_be_answered(span_s: float | None):
+    """By somebody who holds the condition while he asks for the time, at the time of a sleeper."""
+    condition, answers, seen = threading.Condition(), [], []
+
+    def answer() -> None:
+        clock.sleep_until(3.0)
+        with condition:
+            answers.append(clock.now_s())
+            condition.notify_all()
+
+    def wait() -> None:
+        with condition:
+            while not answers:
+                clock.wait(condition, span_s)
+            seen.append(clock.now_s())
+
+    with IdleTime() as clock:
+        threads = [threading.Thread(target=function) for function in (wait, answer)]
+        for thread in threads:
+            thread.start()
+        _join(*threads)
+    assert answers == seen == [3.0]
+
+
 @linux_only
 def test_idle_time_wakes_sleepers_in_order():
     seen: list[float] = []

@@ -109,3 +109,34 @@ def test_bounds_add_up_what_shares_a_pool():
     assert COLOCATED.bound_s(costs) == 15.0
     assert DEVICE_SIMULATOR.bound_s(costs) == 8.0
     assert HOST_SIMULATOR.bound_s(costs) == 7.0
+
+
+@pytest.mark.parametrize(
+    ("profile", "num_gpus", "rollout_s", "training_s"),
+    [
+        (LIBERO_PI0, 8, 562.0, 1302.0),
+        (LIBERO_PI0, 16, 590.2, 1296.0),
+        (LIBERO_OFT, 8, 602.0, 1664.0),
+    ],
+)
+def test_the_papers_other_split_costs_as_scaling_says(
+    profile: Profile, num_gpus: int, rollout_s: float, training_s: float
+):
+    """Table 4, train and rollout async, 3:1: three quarters of the GPUs roll out 1.5 x the envs."""
+    costs = profile.split_costs(num_gpus, num_gpus * 3 // 4)
+    assert 1.5 * costs.simulation_s == pytest.approx(rollout_s, rel=0.07)
+    assert 1.5 * costs.training_s == pytest.approx(training_s, rel=0.07)
+
+
+@_each
+def test_half_of_the_gpus_is_the_split_that_was_measured(profile: Profile, num_gpus: int):
+    assert profile.split_costs(num_gpus, num_gpus // 2) == profile.disaggregated_costs(num_gpus)
+
+
+@pytest.mark.parametrize(("num_gpus", "num_rollout", "bound_s"), [(8, 4, 586.2), (16, 9, 538.2)])
+def test_best_split_by_hand(num_gpus: int, num_rollout: int, bound_s: float):
+    """On 8 GPUs a fifth one for rollout leaves 444 * 4 / 3 = 592 s of training. On 16 GPUs a ninth
+    one leaves 605.4 * 8 / 9 s of simulation and 442.8 * 8 / 7 = 506 s of training."""
+    assert LIBERO_PI0.best_split(num_gpus) == num_rollout
+    costs = LIBERO_PI0.split_costs(num_gpus, num_rollout)
+    assert LIBERO_PI0.disaggregated.bound_s(costs) == pytest.approx(bound_s, abs=0.1)

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from jaxvla.transport.in_process import InProcessQueue, InProcessWeightStore, params_copier
+from jaxvla.transport.in_process import InProcessQueue, InProcessWeightStore
 from jaxvla.transport.staleness import CreditRule
+from jaxvla.transport.weight_copy import params_copier
 
 TIMEOUT_S = 60.0
 """For waits that end at once unless the code is broken."""
@@ -91,7 +92,7 @@ def test_published_weights_survive_donation_of_the_learners(source, target):
 
 def test_copy_shares_no_buffer_with_its_source():
     params = make_params(1)
-    copied = params_copier(sharding())(params)
+    copied, _ = params_copier(sharding())(params)
     for old, new in zip(jax.tree.leaves(params), jax.tree.leaves(copied), strict=True):
         assert old.unsafe_buffer_pointer() != new.unsafe_buffer_pointer()
 
