@@ -87,18 +87,21 @@ class ClosedLoop:
         return max(self.service_s) + max(max(times) for times in self.think_s)
 
 
-def replay(loop: ClosedLoop, setting: Setting, num_requests: int) -> float:
+def replay(
+    loop: ClosedLoop, setting: Setting, num_requests: int, *, stagger_s: float = 0.0
+) -> float:
     """Rows per second that the batcher would serve under a setting, in virtual time.
 
     Follows the rules of `Batcher` for clients that ask for one kind, from the moment when all
-    of them begin to think. The first quarter of the requests is not counted.
+    of them begin to think, one after the other. The first quarter of the requests is not counted.
 
     Args:
       loop: clients and server.
       setting: trigger and wait.
       num_requests: requests to replay, of all clients together; at least 4.
+      stagger_s: every client begins so much later than the one before.
     """
-    arrivals = [(times[0], client) for client, times in enumerate(loop.think_s)]
+    arrivals = [(times[0] + i * stagger_s, i) for i, times in enumerate(loop.think_s)]
     heapq.heapify(arrivals)
     num_thought = [1] * len(loop.rows)
     waiting: deque[tuple[float, int]] = deque()
@@ -324,10 +327,13 @@ def sweep(
     """
     num_requests = _REPLAYED_ROUNDS * len(loop.rows) + _REPLAYED_REQUESTS
     wait_s = min(longest_wait_s, loop.longest_wait_s)
+    # Clients that take equally long and begin together stay together under any trigger, while the
+    # real ones may be stuck in turns. What brings them together again must do so in the replay.
+    stagger_s = max(loop.service_s) / len(loop.rows)
     rates: dict[int, float] = {}
     for trigger in sorted({present.trigger_rows, *triggers(loop)}):
         setting = Setting(trigger_rows=trigger, max_wait_s=wait_s)
-        rates[trigger] = replay(loop, setting, num_requests)
+        rates[trigger] = replay(loop, setting, num_requests, stagger_s=stagger_s)
         yield
     best = max(rates, key=rates.__getitem__)
     # Above the rows of these clients the trigger would be for one that hangs.

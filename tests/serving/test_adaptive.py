@@ -304,6 +304,17 @@ def test_a_trigger_is_left_only_for_a_clear_gain() -> None:
     assert finish(sweep(slow, present, math.inf)) == Setting(trigger_rows=2, max_wait_s=4.5)
 
 
+def test_clients_that_take_turns_for_good_are_brought_together() -> None:
+    """Alike to the last bit, and a server whose calls take as long for both: one is served while
+    the other waits, until the trigger makes it wait for both."""
+    loop = loop_of([[0.25], [0.25]], [10.0, 10.0])
+    present = Setting(trigger_rows=1, max_wait_s=0.02)
+    in_turn = replay(loop, present, 400, stagger_s=5.0)
+    assert in_turn == pytest.approx(1 / 10.0, rel=1e-2)
+    assert replay(loop, present, 400) == pytest.approx(2 / 10.25, rel=1e-2)
+    assert finish(sweep(loop, present, math.inf)) == Setting(trigger_rows=2, max_wait_s=10.25)
+
+
 def test_a_bucket_without_a_measurement_counts_with_the_least_it_can_take() -> None:
     """Not less than fewer rows take, nor less per row than more rows do."""
     assert service_times((2, 4, 8), {1: (4.0, 0.0)}) == (2.0, 4.0, 4.0)
