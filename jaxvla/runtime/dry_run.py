@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxvla import rng
 from jaxvla.algorithms import ALGORITHMS
 from jaxvla.config import to_dict
 from jaxvla.learning.optimizer import freeze, make_optimizer
@@ -94,8 +93,7 @@ def _activation_bytes(blueprint: Blueprint, rows: int) -> int:
     config, policy = blueprint.config, blueprint.policy
     algorithm = ALGORITHMS.get(config.algorithm.name)(config.algorithm)
     params, observation = blueprint.params_struct(), blueprint.observation_struct(rows)
-    keys = jax.eval_shape(lambda: jax.random.split(rng.root_key(0), rows))
-    sample = jax.eval_shape(lambda p, o, k: policy.act(p, o, k, True), params, observation, keys)
+    sample = blueprint.sample_struct(rows)
     scalar = stand_in(jax.ShapeDtypeStruct((rows,), jnp.float32))
     batch = TrainingBatch(
         observation=observation,

@@ -143,14 +143,17 @@ class DeviceStepper:
         )
 
     def compile(self) -> None:
-        """Compiles the chunk step, which takes longest, from shapes alone."""
+        """Compiles the chunk step, which takes longest, and both kinds of beginnings, from shapes
+        alone."""
         key = jax.random.key(0)
         worlds, _ = jax.eval_shape(self.draw, key)
-        spec = self.env.spec
         actions = jax.ShapeDtypeStruct(
-            (self.num_envs, self.num_executed, spec.action_dim), np.float32
+            (self.num_envs, self.num_executed, self.env.spec.action_dim), np.float32
         )
         self.step.lower(worlds, actions, key).compile()
+        self.draw.lower(key).compile()
+        keys = jax.eval_shape(lambda: jax.random.split(key, self.num_envs))
+        self.start.lower(keys, jax.ShapeDtypeStruct((self.num_envs,), np.int32)).compile()
 
 
 class DeviceEnvGroup:
