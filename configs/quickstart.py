@@ -33,10 +33,10 @@ def get_config() -> c.ExperimentConfig:
         ),
         warm_start=c.WarmStartConfig(
             num_grounding_steps=300,
-            num_steps=440,
+            num_steps=380,
             num_episodes=640,
             batch_size=32,
-            optimizer=c.OptimizerConfig(learning_rate=1e-3, warmup_steps=30, decay_steps=410),
+            optimizer=c.OptimizerConfig(learning_rate=1e-3, warmup_steps=30, decay_steps=350),
         ),
         simulation=c.SimulationConfig(num_groups=2, envs_per_group=32, segment_length=16),
         serving=c.ServingConfig(max_batch=32),
