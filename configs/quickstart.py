@@ -27,7 +27,7 @@ def get_config() -> c.ExperimentConfig:
             learning_rate=1.5e-4,
             value_learning_rate=2e-3,
             warmup_steps=12,
-            decay_steps=372,
+            decay_steps=500,
             final_fraction=0.4,
             trainable=EXPERT_AND_CRITIC,
         ),
@@ -40,7 +40,7 @@ def get_config() -> c.ExperimentConfig:
         ),
         simulation=c.SimulationConfig(num_groups=2, envs_per_group=32, segment_length=16),
         serving=c.ServingConfig(max_batch=32),
-        learning=c.LearningConfig(num_updates=48, trajectories_per_update=2, encode_once=True),
+        learning=c.LearningConfig(num_updates=64, trajectories_per_update=2, encode_once=True),
         evaluation=c.EvaluationConfig(num_episodes=256),
     )
 
