@@ -2,8 +2,8 @@
 
 Command:   bash scripts/quickstart.sh
 Hardware:  2 CPU cores
-Time:      about 15 minutes with installation, 1,400 CPU-seconds
-Result:    success from about 0.5 to 0.85 with the shipped seed, see docs/benchmarks.md
+Time:      about 12 minutes with installation on idle cores, 1,400 CPU-seconds
+Result:    success from 0.44 to 0.92 with the shipped seed, see docs/benchmarks.md
 """
 
 import dataclasses

@@ -89,6 +89,7 @@ def test_evaluate_repeats_the_last_evaluation(whole: RunProcess) -> None:
     assert result["update"] == 4 and result["eval/episodes"] == 6
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_losses_of_one(
     synchronous: RunProcess, tmp_path: pathlib.Path
 ) -> None:
@@ -100,11 +101,13 @@ def test_eight_devices_give_the_losses_of_one(
             assert math.isclose(one[name], eight[name], rel_tol=0.0, abs_tol=1e-5), name
 
 
+@pytest.mark.slow
 def test_asynchronous_run_on_disjoint_meshes(tmp_path: pathlib.Path) -> None:
     run = RunProcess(tmp_path, *PLAIN, DISJOINT, num_devices=8).expect(0)
     require_invariants(run.records(), 4)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_bitwise_like_one_that_was_not(
     synchronous: RunProcess, tmp_path: pathlib.Path
 ) -> None:
@@ -120,6 +123,7 @@ def test_an_interrupted_run_ends_bitwise_like_one_that_was_not(
         assert [whole[name] for name in LOSSES] == [resumed[name] for name in LOSSES]
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_from_its_last_checkpoint(
     synchronous: RunProcess, tmp_path: pathlib.Path
 ) -> None:
