@@ -2,8 +2,8 @@
 
 Command:   bash scripts/quickstart.sh
 Hardware:  2 CPU cores
-Time:      about 15 minutes with installation, 1,400 CPU-seconds
-Result:    success from about 0.5 to 0.85 with the shipped seed, see docs/benchmarks.md
+Time:      about 12 minutes with installation on idle cores, 1,400 CPU-seconds
+Result:    success from 0.44 to 0.92 with the shipped seed, see docs/benchmarks.md
 """
 
 import dataclasses
@@ -27,20 +27,20 @@ def get_config() -> c.ExperimentConfig:
             learning_rate=1.5e-4,
             value_learning_rate=2e-3,
             warmup_steps=12,
-            decay_steps=708,
+            decay_steps=500,
             final_fraction=0.4,
             trainable=EXPERT_AND_CRITIC,
         ),
         warm_start=c.WarmStartConfig(
             num_grounding_steps=300,
-            num_steps=400,
-            num_episodes=512,
+            num_steps=380,
+            num_episodes=640,
             batch_size=32,
-            optimizer=c.OptimizerConfig(learning_rate=1e-3, warmup_steps=30, decay_steps=370),
+            optimizer=c.OptimizerConfig(learning_rate=1e-3, warmup_steps=30, decay_steps=350),
         ),
         simulation=c.SimulationConfig(num_groups=2, envs_per_group=32, segment_length=16),
         serving=c.ServingConfig(max_batch=32),
-        learning=c.LearningConfig(num_updates=90, trajectories_per_update=2, encode_once=True),
+        learning=c.LearningConfig(num_updates=64, trajectories_per_update=2, encode_once=True),
         evaluation=c.EvaluationConfig(num_episodes=256),
     )
 

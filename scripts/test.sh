@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The whole test suite on a fresh machine. Usage: bash scripts/test.sh [pytest arguments]
+# The test suite on a fresh machine. Usage: bash scripts/test.sh [pytest arguments]
+#   bash scripts/test.sh -m ""     with the slow tests, as CI does
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 ensure_environment "dev,libero"

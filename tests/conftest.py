@@ -11,6 +11,8 @@ _XLA_FLAGS = {
     # MJX: a step of a MuJoCo scene takes seconds with the fusion emitters (jaxlib 0.10.2).
     "--xla_cpu_use_fusion_emitters": "false",
     "--xla_force_host_platform_device_count": "8",
+    # As in runtime/cpu_settings.py: compiles almost twice as fast.
+    "--xla_backend_optimization_level": "2",
 }
 _SETTINGS = {
     "JAX_PLATFORMS": "cpu",

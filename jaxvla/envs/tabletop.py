@@ -13,6 +13,7 @@ control step, and grip (-1 opens, +1 closes).
 
 import contextlib
 import dataclasses
+import functools
 import io
 from dataclasses import dataclass
 
@@ -104,7 +105,10 @@ class TabletopState(EnvState):
 
 
 class Tabletop:
-    """Implements GroundedEnv; see the module docstring."""
+    """Implements GroundedEnv; see the module docstring.
+
+    What is traced slowly is jitted by itself: every function that uses it shares the trace.
+    """
 
     def __init__(self, config: TabletopConfig):
         self.config = config
@@ -182,6 +186,7 @@ class Tabletop:
         blocks = jnp.concatenate([places, height, upright], -1).ravel()
         return jnp.concatenate([hand, fingers, blocks])
 
+    @functools.partial(jax.jit, static_argnums=0)
     def step(self, state: TabletopState, action: jax.Array) -> TabletopState:
         """Moves the set point, runs the physics for one control step, checks success."""
         action = jnp.clip(action, -1.0, 1.0)
@@ -241,6 +246,7 @@ class Tabletop:
         """Renders both cameras of every world; leading axis [E]."""
         return self.observe_target(states)[0]
 
+    @functools.partial(jax.jit, static_argnums=0)
     def observe_target(self, states: TabletopState) -> tuple[EnvObservation, jax.Array]:
         """Also the pixels of the named block, see GroundedEnv."""
         frames = self._renderer.render_batch(

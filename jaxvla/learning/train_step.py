@@ -82,6 +82,34 @@ class TrainFunctions:
         # The sum is not donated: no output has room for it.
         self.apply = jax.jit(self._apply_sum, donate_argnums=0, out_shardings=(shardings, whole))
 
+    def compile(self, state: TrainState, trajectories: Sequence[Trajectory], key: Any) -> None:
+        """Compiles what an update from a whole batch calls, from shapes alone.
+
+        Args:
+          state: shapes, dtypes and shardings of the train state.
+          trajectories: shapes and dtypes of the batch.
+          key: shape and dtype of a typed key.
+        """
+
+        def on_mesh(x: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.columns)
+
+        placed = [jax.tree.map(on_mesh, trajectory) for trajectory in trajectories]
+        number = jax.ShapeDtypeStruct((), jnp.int32)
+        batch = jax.tree.map(on_mesh, jax.eval_shape(self.prepare, state.params, placed, number))
+        order = on_mesh(jax.eval_shape(self.draw, key, batch.weight.shape))
+        self.prepare.lower(state.params, placed, number).compile()
+        self.draw.lower(key, batch.weight.shape).compile()
+        self.step.lower(state, batch, order, number).compile()
+
+    def compile_supervised(self, state: TrainState, batch: SupervisedBatch, key: Any) -> None:
+        """Compiles `supervised_step`, from shapes alone; see `compile`."""
+
+        def on_mesh(x: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.rows)
+
+        self.supervised_step.lower(state, jax.tree.map(on_mesh, batch), key).compile()
+
     def place(self, trajectory: Trajectory) -> Trajectory:
         """Moves a trajectory onto the learning mesh. If its envs do not divide, every device gets
         a copy, until `prepare` has joined it with others."""

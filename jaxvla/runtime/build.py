@@ -31,7 +31,7 @@ from jaxvla.models import MODELS
 from jaxvla.models.tokenizer import ByteTokenizer, Tokenizer, tokenize_prompt
 from jaxvla.serving.sampling import Sampler
 from jaxvla.simulation.unroll import TokenTable
-from jaxvla.types import EnvSpec, Observation, Params, stand_in
+from jaxvla.types import EnvSpec, Observation, Params, PolicySample, Trajectory, stand_in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +71,39 @@ class Blueprint:
     def params_struct(self) -> Params:
         """Shapes and dtypes of the parameters."""
         return jax.eval_shape(lambda: self.policy.init(rng.root_key(0)))
+
+    def sample_struct(self, num_rows: int) -> PolicySample:
+        """Shapes and dtypes of an explored batch."""
+        keys = jax.eval_shape(lambda: jax.random.split(rng.root_key(0), num_rows))
+        explore = functools.partial(self.policy.act, explore=True)
+        return jax.eval_shape(
+            explore, self.params_struct(), self.observation_struct(num_rows), keys
+        )
+
+    def trajectory_struct(self) -> Trajectory:
+        """Shapes and dtypes of what a simulator makes per ticket."""
+        simulation = self.config.simulation
+        num_rows = simulation.envs_per_group
+
+        def in_time(x: Any) -> Any:
+            return jax.ShapeDtypeStruct((simulation.segment_length, *x.shape), x.dtype)
+
+        def struct(dtype: Any) -> Any:
+            return in_time(jax.ShapeDtypeStruct((num_rows,), dtype))
+
+        sample = self.sample_struct(num_rows)
+        return Trajectory(
+            observation=jax.tree.map(in_time, self.observation_struct(num_rows)),
+            trace=jax.tree.map(in_time, sample.trace),
+            behavior_log_prob=struct(np.float32),
+            value=struct(np.float32),
+            reward=struct(np.float32),
+            terminated=struct(np.bool_),
+            truncated=struct(np.bool_),
+            bootstrap_value=struct(np.float32),
+            valid=struct(np.bool_),
+            policy_version=struct(np.int32),
+        )
 
     def checkpointer(self, workdir: pathlib.Path) -> Checkpointer:
         """Of the run in a work directory. Token ids of another tokenizer mean other words."""

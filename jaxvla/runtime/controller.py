@@ -13,7 +13,7 @@ import functools
 import logging
 import pathlib
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -155,19 +155,42 @@ class Controller:
     # ---------------------------------------------------------------- before training
 
     def _compile(self, *, is_fresh: bool) -> None:
-        """Compiles inference and stepping ahead of time, side by side."""
-        with self._screen.phase("compile"), ThreadPoolExecutor(max_workers=2) as pool:
-            jobs = []
-            if self._groups.is_device_env:
-                jobs.append(pool.submit(self._groups.stepper.compile))
-                if self.config.warm_start.num_steps and is_fresh:
-                    jobs.append(pool.submit(self._groups.demonstrator.compile))
-            blueprint = self._parts.blueprint
-            shapes = blueprint.params_struct(), blueprint.observation_struct(1)
-            samplers = dict.fromkeys(self._parts.samplers)
-            jobs += [pool.submit(sampler.compile, *shapes) for sampler in samplers]
-            for job in jobs:
+        """Compiles inference, stepping and training ahead of time, side by side."""
+        blueprint = self._parts.blueprint
+        shapes = blueprint.params_struct(), blueprint.observation_struct(1)
+        jobs: list[Callable[[], None]] = []
+        if self._groups.is_device_env:
+            jobs.append(self._groups.stepper.compile)
+            if self.config.warm_start.num_steps and is_fresh:
+                jobs += [self._groups.demonstrator.compile, self._compile_warm_start]
+        for sampler in dict.fromkeys(self._parts.samplers):
+            jobs.append(functools.partial(sampler.compile, *shapes))
+        jobs.append(self._compile_training)
+        with self._screen.phase("compile"), ThreadPoolExecutor(max_workers=len(jobs)) as pool:
+            for job in [pool.submit(job) for job in jobs]:
                 job.result()
+
+    def _compile_training(self) -> None:
+        """The learner's functions; streamed ones are compiled by the first update."""
+        if self.config.schedule.stream_microbatches:
+            return
+        trajectory = self._parts.blueprint.trajectory_struct()
+        self._training.functions.compile(
+            self._training.target(),
+            [trajectory] * self.config.learning.trajectories_per_update,
+            jax.eval_shape(lambda: self._parts.root),
+        )
+
+    def _compile_warm_start(self) -> None:
+        """Both stages of the warm start: scenes have no actions."""
+        config, training = self.config.warm_start, self._supervised_training
+        batch = self._groups.demonstrator.batch_struct(config.batch_size)
+        batches = [batch]
+        if config.num_grounding_steps:
+            batches.append(dataclasses.replace(batch, actions=None))
+        key = jax.eval_shape(lambda: self._parts.root)
+        for struct in batches:
+            training.functions.compile_supervised(training.target(), struct, key)
 
     def _resume(self, restored: Restored) -> tuple[TrainState, Progress, dict[str, GroupSnapshot]]:
         """State, counters and env groups of a checkpoint."""

@@ -5,10 +5,13 @@ the user has made is left alone. On an accelerator host they concern JAX's CPU b
 """
 
 import ctypes
+import importlib.metadata
+import importlib.util
 import os
 import platform
 
 _FUSION_FLAG = "--xla_cpu_use_fusion_emitters"
+_LEVEL_FLAG = "--xla_backend_optimization_level"
 _MIN_THREADS = 8
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 """Parameters of mallopt (https://man7.org/linux/man-pages/man3/mallopt.3.html)."""
@@ -19,10 +22,15 @@ def apply() -> list[str]:
     lines = []
     # With the fusion emitters one step of a MuJoCo scene takes seconds instead of
     # milliseconds (jaxlib 0.10.2): the kinematic chain is recomputed in every consumer.
-    if _FUSION_FLAG not in os.environ.get("XLA_FLAGS", ""):
-        flags = f"{os.environ.get('XLA_FLAGS', '')} {_FUSION_FLAG}=false".strip()
-        os.environ["XLA_FLAGS"] = flags
-        lines.append(f"set XLA_FLAGS={flags}")
+    wanted = {_FUSION_FLAG: "false"}
+    # Compiles almost twice as fast as level 3 and computes as fast, but is not for GPUs.
+    if not _has_accelerator():
+        wanted[_LEVEL_FLAG] = "2"
+    given = os.environ.get("XLA_FLAGS", "")
+    missing = [f"{flag}={value}" for flag, value in wanted.items() if flag not in given]
+    if missing:
+        os.environ["XLA_FLAGS"] = " ".join([given, *missing]).strip()
+        lines.append(f"set XLA_FLAGS={os.environ['XLA_FLAGS']}")
     # Batched MuJoCo steps can deadlock in a thread pool of two.
     if "PJRT_NPROC" not in os.environ and (os.cpu_count() or 1) < _MIN_THREADS:
         os.environ["PJRT_NPROC"] = str(_MIN_THREADS)
@@ -30,6 +38,13 @@ def apply() -> list[str]:
     if _keep_freed_memory():
         lines.append("set mallopt: freed memory is kept for reuse (MALLOC_ARENA_MAX=0 to leave it)")
     return lines
+
+
+def _has_accelerator() -> bool:
+    """JAX's package for a GPU or TPU is installed. Asking JAX itself would start it."""
+    plugins = importlib.metadata.entry_points(group="jax_plugins")
+    packages = ("jax_plugins", "libtpu")
+    return bool(plugins) or any(importlib.util.find_spec(name) for name in packages)
 
 
 def _keep_freed_memory() -> bool:

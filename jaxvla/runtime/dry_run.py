@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxvla import rng
 from jaxvla.algorithms import ALGORITHMS
 from jaxvla.assignment import parse_assignment
 from jaxvla.config import to_dict
@@ -19,7 +18,7 @@ from jaxvla.learning.train_state import init_state
 from jaxvla.runtime.build import Blueprint, Parts
 from jaxvla.sharding import params_shardings, path_name
 from jaxvla.transport.staleness import credit_rule
-from jaxvla.types import PolicySample, TrainingBatch, Trajectory, stand_in
+from jaxvla.types import TrainingBatch, Trajectory, stand_in
 
 _MIB = 2.0**20
 
@@ -117,7 +116,7 @@ def _activation_bytes(blueprint: Blueprint, rows: int) -> int:
     config, policy = blueprint.config, blueprint.policy
     algorithm = ALGORITHMS.get(config.algorithm.name)(config.algorithm)
     params, observation = blueprint.params_struct(), blueprint.observation_struct(rows)
-    sample = _sample_struct(blueprint, rows)
+    sample = blueprint.sample_struct(rows)
     scalar = stand_in(jax.ShapeDtypeStruct((rows,), jnp.float32))
     batch = TrainingBatch(
         observation=observation,
@@ -143,22 +142,11 @@ def _activation_bytes(blueprint: Blueprint, rows: int) -> int:
     return _nbytes(jax.eval_shape(residuals, params, batch))
 
 
-def _sample_struct(blueprint: Blueprint, rows: int) -> PolicySample:
-    """Shapes and dtypes of an inference result."""
-    keys = jax.eval_shape(lambda: jax.random.split(rng.root_key(0), rows))
-    return jax.eval_shape(
-        lambda params, observation, keys: blueprint.policy.act(params, observation, keys, True),
-        blueprint.params_struct(),
-        blueprint.observation_struct(rows),
-        keys,
-    )
-
-
 def _trajectory_bytes(blueprint: Blueprint) -> int:
     """Bytes of a trajectory in the queue."""
     simulation = blueprint.config.simulation
     rows = simulation.envs_per_group * simulation.segment_length
-    sample = _sample_struct(blueprint, rows)
+    sample = blueprint.sample_struct(rows)
     flag = stand_in(jax.ShapeDtypeStruct((rows,), jnp.bool_))
     trajectory = Trajectory(
         observation=blueprint.observation_struct(rows),

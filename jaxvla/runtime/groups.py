@@ -71,7 +71,7 @@ class Groups:
 
     def _state_struct(self) -> Any:
         if self.is_device_env:
-            return jax.eval_shape(self.stepper.draw, jax.random.key(0))[0]
+            return jax.eval_shape(self.stepper.draw, jax.random.key(0))
         return HostEnvGroup.state_struct(self._config.simulation.envs_per_group)
 
     def _make(self, name: str, index: int, root: jax.Array | None = None) -> EnvGroup:

@@ -101,6 +101,14 @@ class Demonstrator:
         running = jax.ShapeDtypeStruct((self._num_envs,), bool, sharding=self._placed)
         self._record.lower(_Episodes(state=states, ended=stand_in(running)), keys).compile()
 
+    def batch_struct(self, batch_size: int) -> SupervisedBatch:
+        """Shapes and dtypes of a batch of demonstrations."""
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch_size))
+        tasks = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+        seen = jax.eval_shape(self._label, jax.eval_shape(self._reset, keys, tasks))
+        shape = (batch_size, self._horizon, self._env.spec.action_dim)
+        return seen.replace(actions=jax.ShapeDtypeStruct(shape, jnp.float32))
+
     def scenes(
         self, *, batch_size: int, num_batches: int, key: jax.Array
     ) -> Iterator[SupervisedBatch]:

@@ -117,13 +117,11 @@ class DeviceStepper:
         def observe(worlds: Worlds) -> Observation:
             return table.complete(env.observe(worlds.env))
 
-        def start(keys: jax.Array, tasks: jax.Array) -> tuple[Worlds, Observation]:
-            worlds = unroll.start_worlds(env, keys, tasks)
-            return worlds, observe(worlds)
+        def start(keys: jax.Array, tasks: jax.Array) -> Worlds:
+            return unroll.start_worlds(env, keys, tasks)
 
-        def draw(keys: jax.Array) -> tuple[Worlds, Observation]:
-            worlds = unroll.draw_worlds(env, keys)
-            return worlds, observe(worlds)
+        def draw(keys: jax.Array) -> Worlds:
+            return unroll.draw_worlds(env, keys)
 
         def step(
             worlds: Worlds, actions: jax.Array, keys: jax.Array
@@ -143,14 +141,21 @@ class DeviceStepper:
         )
 
     def compile(self) -> None:
-        """Compiles the chunk step, which takes longest, from shapes alone."""
+        """Compiles all of them from shapes alone. The chunk step takes longest."""
         key = jax.random.key(0)
-        worlds, _ = jax.eval_shape(self.draw, key)
-        spec = self.env.spec
+        rows = sharding.batch_sharding(self.mesh)
+        worlds = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows),
+            jax.eval_shape(self.draw, key),
+        )
         actions = jax.ShapeDtypeStruct(
-            (self.num_envs, self.num_executed, spec.action_dim), np.float32
+            (self.num_envs, self.num_executed, self.env.spec.action_dim), np.float32
         )
         self.step.lower(worlds, actions, key).compile()
+        self.draw.lower(key).compile()
+        self.observe.lower(worlds).compile()
+        keys = jax.eval_shape(lambda: jax.random.split(key, self.num_envs))
+        self.start.lower(keys, jax.ShapeDtypeStruct((self.num_envs,), np.int32)).compile()
 
 
 class DeviceEnvGroup:
@@ -170,15 +175,15 @@ class DeviceEnvGroup:
     def reset(self, cursor: Cursor) -> Observation:
         """See EnvGroup.reset."""
         key = rng.stream(self._key, "reset", cursor.segment)
-        self._worlds, observation = self._stepper.draw(key)
-        return observation
+        self._worlds = self._stepper.draw(key)
+        return self._stepper.observe(self._worlds)
 
     def reset_to(self, tasks: np.ndarray, seeds: np.ndarray) -> Observation:
         """See EnvGroup.reset_to."""
         key = rng.stream(self._key, "episode")
         keys = jax.vmap(lambda seed: jax.random.fold_in(key, seed))(seeds.astype(np.uint32))
-        self._worlds, observation = self._stepper.start(keys, tasks.astype(np.int32))
-        return observation
+        self._worlds = self._stepper.start(keys, tasks.astype(np.int32))
+        return self._stepper.observe(self._worlds)
 
     def step_chunk(self, actions: np.ndarray, cursor: Cursor) -> ChunkResult:
         """See EnvGroup.step_chunk. Returns once the device has finished."""

@@ -230,6 +230,7 @@ def test_importing_the_module_loads_no_simulator_and_no_jax():
 
 @needs_libero
 @pytest.mark.libero
+@pytest.mark.slow
 def test_physics_is_that_of_a_freshly_built_stock_env(seen: dict[str, np.ndarray]):
     """Resets that keep the model, and steps without camera observables, change nothing."""
     np.testing.assert_array_equal(seen["first_sim"], seen["stock_sim"])

@@ -93,13 +93,14 @@ def test_evaluate_repeats_the_last_evaluation(whole: RunProcess) -> None:
     assert result["update"] == 4 and result["eval/episodes"] == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layout",
     [
         pytest.param(DISJOINT, id="disaggregated"),
-        pytest.param(COLOCATED, id="colocated", marks=pytest.mark.slow),
-        pytest.param(HYBRID, id="hybrid", marks=pytest.mark.slow),
-        pytest.param(OVERLAPPING, id="overlapping", marks=pytest.mark.slow),
+        pytest.param(COLOCATED, id="colocated"),
+        pytest.param(HYBRID, id="hybrid"),
+        pytest.param(OVERLAPPING, id="overlapping"),
     ],
 )
 def test_eight_devices_give_the_losses_of_one(
@@ -113,6 +114,7 @@ def test_eight_devices_give_the_losses_of_one(
             assert math.isclose(one[name], eight[name], rel_tol=0.0, abs_tol=1e-5), name
 
 
+@pytest.mark.slow
 def test_asynchronous_run_on_disjoint_meshes(tmp_path: pathlib.Path) -> None:
     run = RunProcess(tmp_path, *PLAIN, DISJOINT, num_devices=8).expect(0)
     require_invariants(run.records(), 4)
@@ -128,6 +130,7 @@ def test_asynchronous_run_with_two_policy_servers_on_devices_of_their_own(
     assert "compiled for" not in log
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_bitwise_like_one_that_was_not(
     synchronous: RunProcess, tmp_path: pathlib.Path
 ) -> None:
@@ -143,6 +146,7 @@ def test_an_interrupted_run_ends_bitwise_like_one_that_was_not(
         assert [whole[name] for name in LOSSES] == [resumed[name] for name in LOSSES]
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_from_its_last_checkpoint(
     synchronous: RunProcess, tmp_path: pathlib.Path
 ) -> None:

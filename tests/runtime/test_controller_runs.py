@@ -5,6 +5,7 @@ import json
 import math
 import pathlib
 import re
+import threading
 from typing import Any
 
 import jax
@@ -121,6 +122,25 @@ def test_files_of_a_run(whole: Run) -> None:
     trace = json.loads((whole.workdir / "trace.json").read_text())
     names = {event["name"] for event in trace["traceEvents"]}
     assert {"simulate", "infer", "train", "publish", "wait"} <= names
+
+
+def test_everything_large_is_compiled_before_the_programs_start(tmp_path: pathlib.Path) -> None:
+    """Once each, in a thread of its own: nothing of it stands in the way of the first update."""
+    compiled: list[tuple[str, str]] = []
+    is_listening = True
+
+    def listen(event: str, duration_secs: float, **details: Any) -> None:
+        if is_listening and event == "/jax/core/compile/backend_compile_duration":
+            compiled.append((str(details.get("fun_name")), threading.current_thread().name))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    Run(tmp_path, make_blueprint()).expect(0)
+    is_listening = False
+    for name in ("_prepare", "_draw", "_step"):
+        threads = [thread for function, thread in compiled if function == f"jit({name})"]
+        assert len(threads) == 1 and threads[0].startswith("ThreadPoolExecutor"), (name, threads)
+    late = {function for function, thread in compiled if "/" in thread}
+    assert late <= {"jit(_stack_on_device)", "jit(convert_element_type)"}
 
 
 # ------------------------------------------------------------------------ stop and resume

@@ -1,10 +1,14 @@
 """Process settings of the entry point."""
 
+import importlib.metadata
+import importlib.util
 import os
 
 import pytest
 
 from jaxvla.runtime import cpu_settings
+
+FLAGS = "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=2"
 
 
 @pytest.fixture(autouse=True)
@@ -15,14 +19,21 @@ def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
     monkeypatch.setenv("MALLOC_ARENA_MAX", "0")
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    set_plugins(monkeypatch)
+
+
+def set_plugins(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Lets it seem that these are JAX's plug-ins for accelerators."""
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: names)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
 
 
 def test_makes_and_reports_the_settings():
     lines = cpu_settings.apply()
-    assert os.environ["XLA_FLAGS"] == "--xla_cpu_use_fusion_emitters=false"
+    assert os.environ["XLA_FLAGS"] == FLAGS
     assert os.environ["PJRT_NPROC"] == "8"
     assert lines == [
-        "set XLA_FLAGS=--xla_cpu_use_fusion_emitters=false",
+        f"set XLA_FLAGS={FLAGS}",
         "set PJRT_NPROC=8",
     ]
     assert cpu_settings.apply() == []
@@ -31,16 +42,22 @@ def test_makes_and_reports_the_settings():
 def test_keeps_the_users_flags_beside_its_own(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
     cpu_settings.apply()
-    flags = "--xla_force_host_platform_device_count=4 --xla_cpu_use_fusion_emitters=false"
-    assert os.environ["XLA_FLAGS"] == flags
+    assert os.environ["XLA_FLAGS"] == f"--xla_force_host_platform_device_count=4 {FLAGS}"
 
 
 def test_leaves_what_the_user_has_set_alone(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=true")
+    flags = "--xla_cpu_use_fusion_emitters=true --xla_backend_optimization_level=3"
+    monkeypatch.setenv("XLA_FLAGS", flags)
     monkeypatch.setenv("PJRT_NPROC", "3")
     assert cpu_settings.apply() == []
-    assert os.environ["XLA_FLAGS"] == "--xla_cpu_use_fusion_emitters=true"
+    assert os.environ["XLA_FLAGS"] == flags
     assert os.environ["PJRT_NPROC"] == "3"
+
+
+def test_the_code_for_an_accelerator_is_optimized_in_full(monkeypatch: pytest.MonkeyPatch):
+    set_plugins(monkeypatch, "xla_cuda13")
+    cpu_settings.apply()
+    assert os.environ["XLA_FLAGS"] == "--xla_cpu_use_fusion_emitters=false"
 
 
 def test_a_large_machine_needs_no_larger_pool(monkeypatch: pytest.MonkeyPatch):

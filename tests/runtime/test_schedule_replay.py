@@ -182,12 +182,10 @@ def test_a_recording_holds_the_whole_run(recorded: Run, directory: pathlib.Path)
 
 
 _VARIANTS: dict[str, dict[str, Any]] = {
-    "streamed": {
+    "streamed, with impatient clients": {
         "schedule": c.ScheduleConfig(
             max_staleness=2, publish_interval=2, window=3, stream_microbatches=True
-        )
-    },
-    "impatient": {
+        ),
         "serving": c.ServingConfig(
             num_servers=2,
             assignment="0,0,0,1",
@@ -197,7 +195,7 @@ _VARIANTS: dict[str, dict[str, Any]] = {
             deadline_ms=5.0,
             max_batch=6,
             buckets=(2, 4, 6),
-        )
+        ),
     },
     "synchronous": {
         "schedule": c.ScheduleConfig(overlap_training=False, overlap_rollout=False),
