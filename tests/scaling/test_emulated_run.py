@@ -165,7 +165,9 @@ def _batching_step_s(num_groups: int, batching: Batching) -> float:
 @pytest.mark.parametrize("num_groups", [2, 4])
 def test_trigger_wait_and_tuner_are_those_of_the_batcher(num_groups: int):
     one = _batching_step_s(num_groups, Batching())
-    waiting = _batching_step_s(num_groups, Batching(trigger_groups=num_groups, max_wait_s=5.0))
+    # Longer than a pass: groups that ask while the others are served are waited for. With less
+    # they would not be, and a run that once fell into two halves would stay so.
+    waiting = _batching_step_s(num_groups, Batching(trigger_groups=num_groups, max_wait_s=15.0))
     for_ever = _batching_step_s(num_groups, Batching(trigger_groups=num_groups))
     adaptive = _batching_step_s(num_groups, Batching(max_wait_s=0.02, is_adaptive=True))
     # 49 passes and 48 chunk steps. Between segments a group that asks while the others have
