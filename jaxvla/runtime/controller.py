@@ -295,7 +295,7 @@ class Controller:
             schedule=self._schedule,
         )
         learner.publish_current()
-        if learner.progress.version == 0:
+        if learner.progress.version == 0 and self._before is None:
             self._before = self._evaluate(learner, is_final=False)
             if self._stop_requested.is_set():
                 raise StoppedError
