@@ -24,6 +24,14 @@ Measured, as running windows:
     take no less time, fewer rows no less time per row), so that it is tried if it could be best;
     one that was not used lately counts with no less than a smaller one that was.
 
+The model takes clients for independent. Where they share what they think with, such as simulators
+on the same devices, batches bring them into each other's way, and it is wrong. So predictions are
+corrected by what triggers really came to:
+  * rate, from one request of a client to the next while it stays: measured for the trigger in use
+    and remembered for `_NUM_REMEMBERED` sweeps, as long as the clients are the same. It counts
+    against the prediction by their variances, of which the latter's is an assumption;
+  * an untried trigger is expected to miss its prediction by as much as the nearest tried one.
+
 Only the kind that is asked for most is modelled. A replay costs a few microseconds a request.
 One is made per N requests, in the server's thread between batches, on a snapshot; when the
 sweep over the triggers is through, the setting changes, but for a predicted gain only. The same
@@ -45,12 +53,18 @@ _FIRST_ROUNDS = 4
 """Requests per client before the first sweep."""
 _REST_ROUNDS = 16
 """Requests per client between two sweeps."""
+_TRIAL_ROUNDS = 4
+"""The same after a change."""
 _REPLAYED_ROUNDS = 12
 """Requests per client in a replay, beside `_REPLAYED_REQUESTS`."""
 _REPLAYED_REQUESTS = 128
 _HANGS = 2.0
 _CLEARLY = 1.01
-"""Predicted gain in rate for which the trigger is changed."""
+"""Gain in rate for which the trigger is changed."""
+_NUM_REMEMBERED = 16
+"""Sweeps after which the rate under another trigger than the present one is forgotten."""
+_PREDICTION_ERROR = 0.1
+"""Relative standard error of a prediction."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +75,15 @@ class Setting:
     """Waiting rows that start a batch at once."""
     max_wait_s: float
     """Longest time that the oldest waiting request is held back; may be inf."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rate:
+    """Measured throughput."""
+
+    rows_per_s: float
+    error: float
+    """Relative standard error."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,6 +100,8 @@ class ClosedLoop:
     """Seconds that a batch of each bucket takes."""
     max_rows: int
     """Rows per batch."""
+    rate: "Rate | None" = None
+    """Under the setting in use, since the snapshot before; None if too little is known."""
 
     @property
     def longest_wait_s(self) -> float:
@@ -155,6 +180,37 @@ class _History:
 
 
 @dataclass(slots=True)
+class _Cycles:
+    """From one request of a client to the next one of the same kind."""
+
+    count: int = 0
+    total_s: float = 0.0
+    squares_s: float = 0.0
+    """Sum of squares."""
+
+    def add(self, span_s: float) -> None:
+        """One more."""
+        self.count += 1
+        self.total_s += span_s
+        self.squares_s += span_s * span_s
+
+
+def _rate(rows: Sequence[int], cycles: Sequence[_Cycles]) -> Rate | None:
+    """Of clients with so many rows per request, whose cycles vary independently; None unless each
+    of them has two."""
+    if min(x.count for x in cycles) < 2:
+        return None
+    rows_per_s = [r * x.count / x.total_s for r, x in zip(rows, cycles, strict=True)]
+    # Relative variance of the mean of n cycles: (n sum of squares / (sum)^2 - 1) / (n - 1).
+    variances = [
+        max(0.0, x.count * x.squares_s / x.total_s**2 - 1.0) / (x.count - 1) for x in cycles
+    ]
+    total = sum(rows_per_s)
+    variance = sum(r * r * v for r, v in zip(rows_per_s, variances, strict=True))
+    return Rate(rows_per_s=total, error=math.sqrt(variance) / total)
+
+
+@dataclass(slots=True)
 class _Services:
     """Batches of one kind in one bucket."""
 
@@ -197,6 +253,10 @@ class Measurements:
         self._running: _Running | None = None
         self._num_asked: Counter[str] = Counter()
         """Requests by kind."""
+        self._asked_s: dict[str, tuple[str, float]] = {}
+        """Kind and time of each client's latest request, while it stays."""
+        self._cycles: dict[str, dict[str, _Cycles]] = {}
+        """By kind, by client; since the latest snapshot."""
 
     @property
     def num_asked(self) -> int:
@@ -217,6 +277,7 @@ class Measurements:
         """A client is gone, for a while or for good; what it does meanwhile is not thinking."""
         self._live.discard(client)
         self._answered_s.pop(client, None)
+        self._asked_s.pop(client, None)
         if self._running is not None:
             self._running.clients.discard(client)
 
@@ -225,6 +286,10 @@ class Measurements:
         self._num_asked[kind] += 1
         history = self._histories.setdefault(kind, {}).setdefault(client, _History())
         history.rows = rows
+        last_kind, last_s = self._asked_s.get(client, ("", now_s))
+        if last_kind == kind and now_s > last_s:
+            self._cycles.setdefault(kind, {}).setdefault(client, _Cycles()).add(now_s - last_s)
+        self._asked_s[client] = kind, now_s
         if self._running is not None and client in self._running.clients:
             self._running.clients.remove(client)  # faster than the server came back
             history.think_s.append(0.0)
@@ -246,17 +311,24 @@ class Measurements:
         services.newest_s = now_s
         self._answered_s.update(dict.fromkeys(running.clients, now_s))
 
+    def setting_changed(self) -> None:
+        """What was measured of the rate belongs to another setting."""
+        self._asked_s.clear()
+        self._cycles.clear()
+
     def snapshot(self, now_s: float) -> ClosedLoop | None:
         """The closed loop of the kind that is asked for most; None before there is any."""
         present, self._present = self._present, set(self._live)
         kind = max(self._num_asked, key=self._num_asked.__getitem__, default="")
         services = self._services.get(kind)
         histories = self._histories.get(kind, {})
-        known = [
-            histories[name]
+        names = [
+            name
             for name in sorted(present)
             if name in histories and self._is_known(name, histories[name], now_s)
         ]
+        known = [histories[name] for name in names]
+        cycles, self._cycles = self._cycles.get(kind, {}), {}
         if not known or not services:
             return None
         return ClosedLoop(
@@ -268,6 +340,7 @@ class Measurements:
                 {i: (statistics.median(x.last_s), x.newest_s) for i, x in services.items()},
             ),
             max_rows=self._max_rows,
+            rate=_rate([x.rows for x in known], [cycles.get(x, _Cycles()) for x in names]),
         )
 
     def _is_known(self, client: str, history: _History, now_s: float) -> bool:
@@ -316,7 +389,10 @@ def triggers(loop: ClosedLoop) -> list[int]:
 
 
 def sweep(
-    loop: ClosedLoop, present: Setting, longest_wait_s: float
+    loop: ClosedLoop,
+    present: Setting,
+    longest_wait_s: float,
+    measured: Mapping[int, Rate] | None = None,
 ) -> Generator[None, None, Setting]:
     """Replays the candidates, one per step, and returns the setting to use.
 
@@ -324,6 +400,7 @@ def sweep(
       loop: clients and server.
       present: setting in use.
       longest_wait_s: limit on the wait.
+      measured: by trigger, of these clients.
     """
     num_requests = _REPLAYED_ROUNDS * len(loop.rows) + _REPLAYED_REQUESTS
     wait_s = min(longest_wait_s, loop.longest_wait_s)
@@ -335,12 +412,31 @@ def sweep(
         setting = Setting(trigger_rows=trigger, max_wait_s=wait_s)
         rates[trigger] = replay(loop, setting, num_requests, stagger_s=stagger_s)
         yield
+    rates = corrected_rates(rates, measured or {})
     best = max(rates, key=rates.__getitem__)
     # Above the rows of these clients the trigger would be for one that hangs.
     kept = min(present.trigger_rows, max(triggers(loop)))
     if rates[best] <= _CLEARLY * rates[kept]:
         best = kept
     return Setting(trigger_rows=best, max_wait_s=wait_s)
+
+
+def corrected_rates(
+    predicted: Mapping[int, float], measured: Mapping[int, Rate]
+) -> dict[int, float]:
+    """Predicted rates by trigger, drawn towards the measured ones; what was not measured misses its
+    prediction by as much as the nearest trigger that was."""
+    misses = {
+        trigger: _PREDICTION_ERROR**2
+        / (_PREDICTION_ERROR**2 + rate.error**2)
+        * (rate.rows_per_s / predicted[trigger] - 1.0)
+        for trigger, rate in measured.items()
+        if trigger in predicted
+    }
+    if not misses:
+        return dict(predicted)
+    nearest = {t: min(misses, key=lambda other: abs(other - t)) for t in predicted}
+    return {t: (1.0 + misses[nearest[t]]) * rate for t, rate in predicted.items()}
 
 
 class Tuner:
@@ -366,6 +462,13 @@ class Tuner:
         """Requests of one per client."""
         self._next_step = 0
         """Requests after which the next replay is due."""
+        self._num_sweeps = 0
+        self._trigger_rows = 0
+        """In use during the sweep."""
+        self._rows: tuple[int, ...] = ()
+        """Of the clients' requests, for whom `_measured` holds."""
+        self._measured: dict[int, tuple[Rate, int]] = {}
+        """By trigger, with the sweep before which that was."""
 
     def prepare(self, present: Setting, now_s: float) -> bool:
         """Whether `step` has something to do. The batcher holds its lock.
@@ -381,8 +484,21 @@ class Tuner:
         if self._sweep is None:
             loop = seen.snapshot(now_s)
             if loop is not None:
-                self._sweep = sweep(loop, present, self._longest_wait_s)
+                self._trigger_rows = present.trigger_rows
+                measured = self._remember(loop)
+                self._sweep = sweep(loop, present, self._longest_wait_s, measured)
         return self._sweep is not None
+
+    def _remember(self, loop: ClosedLoop) -> dict[int, Rate]:
+        """Notes what the present trigger came to; gives that of all triggers where it is known."""
+        self._num_sweeps += 1
+        oldest = self._num_sweeps - _NUM_REMEMBERED
+        is_same = loop.rows == self._rows
+        self._rows = loop.rows
+        self._measured = {t: x for t, x in self._measured.items() if is_same and x[1] > oldest}
+        if loop.rate is not None:
+            self._measured[self._trigger_rows] = loop.rate, self._num_sweeps
+        return {trigger: rate for trigger, (rate, _) in self._measured.items()}
 
     def step(self) -> Setting | None:
         """Makes one replay; gives a setting at the end of a sweep. No lock is needed."""
@@ -391,6 +507,7 @@ class Tuner:
             next(self._sweep)
         except StopIteration as end:
             self._sweep = None
-            self._next_step += _REST_ROUNDS * self._round
+            is_trial = end.value.trigger_rows != self._trigger_rows
+            self._next_step += (_TRIAL_ROUNDS if is_trial else _REST_ROUNDS) * self._round
             return end.value
         return None

@@ -302,6 +302,8 @@ class Batcher:
         setting = self._tuner.step() if has_work else None  # clients may submit meanwhile
         if setting is not None:
             with self._changed:
+                if setting.trigger_rows != self._trigger_rows:
+                    self._tuner.measurements.setting_changed()
                 self._trigger_rows = setting.trigger_rows
                 self._max_wait_s = setting.max_wait_s
 

@@ -41,6 +41,8 @@ class Profile:
     """Rows in a bucket -> seconds."""
     max_batch: int = 2**31
     """Rows per batch, if less than those of all clients."""
+    is_shared: bool = False
+    """Clients think one after the other, on the same devices. Not for `replay`."""
     seed: int = 0
 
     @property
@@ -107,6 +109,8 @@ class Loop:
         )
         self._think_s = [profile.think_s(client) for client in range(len(profile.rows))]
         self._arrivals: list[tuple[float, int]] = []
+        self._thought_s = 0.0
+        """When all have thought, if they share what they think with."""
         for client in range(len(profile.rows)):
             self.batcher.register(str(client))
             self._think(client)
@@ -147,8 +151,9 @@ class Loop:
         self.clock.now_s = end_s
 
     def _think(self, client: int) -> None:
-        next_s = self.clock.now_s + next(self._think_s[client])
-        heapq.heappush(self._arrivals, (next_s, client))
+        start_s = max(self.clock.now_s, self._thought_s if self.profile.is_shared else 0.0)
+        self._thought_s = start_s + next(self._think_s[client])
+        heapq.heappush(self._arrivals, (self._thought_s, client))
 
 
 def adaptive_loop(profile: Profile, **options: Any) -> Loop:
@@ -166,9 +171,15 @@ def fixed_grid(profile: Profile, num_requests: int) -> dict[Setting, float]:
     count = len(profile.rows)
     loop = profile.closed_loop(2 * num_requests // count)
     mean_s = sum(profile.mean_think_s) / count
+
+    def rate(setting: Setting) -> float:
+        if profile.is_shared:
+            return Loop(profile, setting).serve(num_requests).rate(num_requests // 4)
+        return replay(loop, setting, num_requests)
+
     waits_s = [0.0, *(mean_s * 2.0**k for k in range(-5, 3)), math.inf]
     return {
-        setting: replay(loop, setting, num_requests)
+        setting: rate(setting)
         for trigger in profile.buckets
         for wait_s in waits_s
         for setting in [Setting(trigger_rows=trigger, max_wait_s=wait_s)]

@@ -18,8 +18,10 @@ from hypothesis import given, settings
 from jaxvla.serving.adaptive import (
     ClosedLoop,
     Measurements,
+    Rate,
     Setting,
     Tuner,
+    corrected_rates,
     replay,
     service_times,
     sweep,
@@ -60,6 +62,12 @@ def libero(count: int, flat: float) -> Profile:
     return equal(count, rows, 3.05, 0.05, service_s)
 
 
+def in_turn(count: int, flat: float) -> Profile:
+    """The same where groups simulate one after the other, as in `scripts/bench_async.py`."""
+    apart = libero(count, flat)
+    return dataclasses.replace(apart, mean_think_s=(3.05 / count,) * count, is_shared=True)
+
+
 PROFILES = {
     "GPU, 2 large groups": equal(2, 32, 0.10, 0.15, knee(0.06, 64)),
     "GPU, 4 large groups": equal(4, 32, 0.10, 0.15, knee(0.06, 64)),
@@ -78,6 +86,12 @@ PROFILES = {
     "LIBERO, 8 groups, linear": libero(8, 0.0),
     "LIBERO, 8 groups, half flat": libero(8, 0.5),
     "LIBERO, 8 groups, flat": libero(8, 1.0),
+    "LIBERO, 2 groups in turn, flat": in_turn(2, 1.0),
+    "LIBERO, 4 groups in turn, linear": in_turn(4, 0.0),
+    "LIBERO, 4 groups in turn, half flat": in_turn(4, 0.5),
+    "LIBERO, 4 groups in turn, flat": in_turn(4, 1.0),
+    "LIBERO, 8 groups in turn, half flat": in_turn(8, 0.5),
+    "LIBERO, 8 groups in turn, flat": in_turn(8, 1.0),
     "one slow client of 8": Profile(
         rows=(4,) * 8, mean_think_s=(1.5, *(0.1,) * 7), sigma=0.2, service_s=knee(0.05, 16)
     ),
@@ -96,7 +110,7 @@ def test_adaptive_is_within_5_percent_of_the_best_fixed_setting(name: str) -> No
     adaptive = run.rate(num_requests // 4)
     trigger_rows = statistics.mode(setting.trigger_rows for setting in run.settings)
     sys.stdout.write(
-        f"\n{name:<31}rows/s {adaptive:8.2f} adaptive, mostly from {trigger_rows:3d} rows"
+        f"\n{name:<36}rows/s {adaptive:8.2f} adaptive, mostly from {trigger_rows:3d} rows"
         f"{rates[best]:9.2f} best fixed, from {best.trigger_rows:3d} rows or "
         f"{best.max_wait_s:6.3f} s, ratio {adaptive / rates[best]:.3f}, "
         f"worst fixed {min(rates.values()) / rates[best]:.3f} "
@@ -435,6 +449,76 @@ def test_a_client_that_seems_to_hang_is_left_out() -> None:
     assert len(loop_at(seen, 8.1).rows) == 1
     ask(seen, "a", 9.0)
     assert loop_at(seen, 9.0).think_s == ((2.0, 5.0), (2.0, 2.0))
+
+
+def rate_at(seen: Measurements, now_s: float) -> Rate | None:
+    return loop_at(seen, now_s).rate
+
+
+def test_rate_is_that_of_the_cycles_since_the_snapshot_before() -> None:
+    seen = measurements("a", "b")
+    for a, b in [(0.0, 1.0), (4.0, 4.0), (10.0, 7.0)]:
+        for client, now_s in sorted([("a", a), ("b", b)], key=lambda x: x[1]):
+            ask(seen, client, now_s)
+            serve(seen, now_s, now_s, client)
+    rate = rate_at(seen, 10.0)  # cycles of 4 and 6 s, and of 3 and 3 s
+    assert rate is not None
+    assert rate.rows_per_s == pytest.approx(1 / 5 + 1 / 3)
+    deviation = statistics.stdev([4.0, 6.0]) / 5.0 / math.sqrt(2)
+    assert rate.error == pytest.approx(1 / 5 * deviation / rate.rows_per_s)
+    assert rate_at(seen, 10.0) is None
+
+
+def test_a_cycle_holds_no_absence_and_no_other_kind_or_setting() -> None:
+    seen = measurements("a")
+    for now_s in (0.0, 1.0, 2.0):
+        ask(seen, "a", now_s)
+        serve(seen, now_s, now_s, "a")
+    seen.left("a")
+    seen.joined("a")
+    ask(seen, "a", 12.0)
+    ask(seen, "a", 13.0, "value")
+    ask(seen, "a", 24.0)
+    assert rate_at(seen, 24.0) == Rate(rows_per_s=1.0, error=0.0)
+    for now_s in (25.0, 26.0):
+        ask(seen, "a", now_s)
+    seen.setting_changed()
+    for now_s in (30.0, 33.0, 36.0):
+        ask(seen, "a", now_s)
+    assert rate_at(seen, 36.0) == Rate(rows_per_s=1 / 3, error=0.0)
+
+
+def test_a_trigger_is_judged_by_what_it_came_to_where_that_is_known() -> None:
+    """Predicted 3/5 rows per second in one batch, 1/2 one by one."""
+    loop = loop_of([[3.0]] * 3, [2.0] * 3)
+    present = Setting(trigger_rows=3, max_wait_s=5.0)
+
+    def chosen(error: float) -> int:
+        rates = {1: 0.5, 2: 0.45, 3: 0.4}
+        measured = {t: Rate(rows_per_s=rate, error=error) for t, rate in rates.items()}
+        return finish(sweep(loop, present, math.inf, measured)).trigger_rows
+
+    assert finish(sweep(loop, present, math.inf)).trigger_rows == 3
+    assert chosen(error=0.0) == 1
+    assert chosen(error=1.0) == 3
+
+
+def test_an_untried_trigger_misses_as_much_as_the_nearest_tried_one() -> None:
+    """A measurement as uncertain as the prediction counts half."""
+    predicted = {1: 10.0, 2: 20.0, 3: 30.0, 4: 40.0}
+    measured = {1: Rate(rows_per_s=5.0, error=0.0), 4: Rate(rows_per_s=30.0, error=0.1)}
+    expected = {1: 5.0, 2: 10.0, 3: 0.875 * 30.0, 4: 35.0}
+    assert corrected_rates(predicted, measured) == pytest.approx(expected)
+    assert corrected_rates(predicted, {}) == predicted
+
+
+def test_what_a_trigger_came_to_is_forgotten_in_time() -> None:
+    """Groups in turn: what it believes of large batches is wrong, and it tries them at times."""
+    loop = adaptive_loop(PROFILES["LIBERO, 4 groups in turn, flat"])
+    triggers_ = [x.trigger_rows for x in loop.serve(6000).settings]
+    tried = [b for a, b in itertools.pairwise(triggers_) if a != b and b >= 96]
+    assert len(tried) > 2
+    assert sum(x >= 96 for x in triggers_) < 0.1 * len(triggers_)
 
 
 def test_service_time_is_the_median_of_the_last() -> None:
