@@ -2,8 +2,8 @@
 
 Command:   bash scripts/quickstart.sh
 Hardware:  2 CPU cores
-Time:      about 12 minutes with installation on idle cores, 1,400 CPU-seconds
-Result:    success from 0.44 to 0.92 with the shipped seed, see docs/benchmarks.md
+Time:      12m35s with installation, 1,200 CPU-seconds
+Result:    success from 0.44 to 0.89 with the shipped seed, see docs/benchmarks.md
 """
 
 import dataclasses
