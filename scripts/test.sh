@@ -9,4 +9,6 @@ cd "$ROOT"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m pyright
-exec "$PYTHON" -m pytest "$@"
+# A file's tests share compiled functions, so they stay in one process. In the order of the files:
+# by number of tests, as is the default, the few long ones of tests/integration would come last.
+exec "$PYTHON" -m pytest -n auto --maxprocesses=8 --dist loadfile --no-loadscope-reorder "$@"

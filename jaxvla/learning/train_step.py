@@ -92,7 +92,8 @@ class TrainFunctions:
         """
 
         def on_mesh(x: Any) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.columns)
+            placed = self._placement(x.shape[1])
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed)
 
         placed = [jax.tree.map(on_mesh, trajectory) for trajectory in trajectories]
         number = jax.ShapeDtypeStruct((), jnp.int32)
@@ -113,9 +114,10 @@ class TrainFunctions:
     def place(self, trajectory: Trajectory) -> Trajectory:
         """Moves a trajectory onto the learning mesh. If its envs do not divide, every device gets
         a copy, until `prepare` has joined it with others."""
-        num_envs = trajectory.reward.shape[1]
-        placed = sharding.fitting_sharding(self._mesh, num_envs, axis=1)
-        return jax.device_put(trajectory, placed)
+        return jax.device_put(trajectory, self._placement(trajectory.reward.shape[1]))
+
+    def _placement(self, num_envs: int) -> Any:
+        return sharding.fitting_sharding(self._mesh, num_envs, axis=1)
 
     def _prepare(
         self, params: Params, trajectories: Sequence[Trajectory], version: jax.Array

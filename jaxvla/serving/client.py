@@ -2,9 +2,10 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from jaxvla.types import Observation
 _LOG = logging.getLogger(__name__)
 
 PAUSES_S = (0.05, 0.1, 0.2, 0.4, 0.8)
-"""Between the attempts of a `PendingAnswer`."""
+"""Between the attempts of `gather`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,46 +60,51 @@ class InferenceClient:
         return self._batcher.submit(rows=len(keys), client=self.name, kind=kind, payload=query)
 
 
-class PendingAnswer:
-    """An answer that is asked for again, a few times, when the server turns the request away.
+def gather(
+    asks: Sequence[Callable[[], Future]], *, pause: Callable[[float], None] = time.sleep
+) -> list[Answer]:
+    """Asks for all, and waits for all answers.
 
-    The request carries its random keys, so asking again changes no result.
+    A request that the server turns away is asked again, a few times, whatever the others wait for:
+    it may be the one for which the server holds their batch back. Requests carry their random
+    keys, so asking again changes no result.
+
+    Args:
+      asks: each queues a request.
+      pause: waits for some seconds.
+
+    Raises:
+      Busy, Expired: the last attempt was turned away as well.
+      Exception: whatever else an ask raises or the server answers, at once.
     """
+    finished: SimpleQueue[tuple[int, Future]] = SimpleQueue()
 
-    def __init__(
-        self, submit: Callable[[], Future], *, pause: Callable[[float], None] = time.sleep
-    ):
-        """Asks for the first time. Raises as `submit`, but never Busy.
+    def ask(index: int) -> None:
+        _ask(asks[index]).add_done_callback(lambda future: finished.put((index, future)))
 
-        Args:
-          submit: queues the request.
-          pause: waits for some seconds.
-        """
-        self._submit = submit
-        self._pause = pause
-        self._future = self._ask()
-
-    def result(self) -> Answer:
-        """Waits for the answer.
-
-        Raises:
-          Busy, Expired: the last attempt was turned away as well.
-          Exception: whatever else the server answers.
-        """
-        for pause_s in PAUSES_S:
-            try:
-                return self._future.result()
-            except (Busy, Expired) as refusal:
-                _LOG.warning("%s; asking again in %g s", refusal, pause_s)
-            self._pause(pause_s)
-            self._future = self._ask()
-        return self._future.result()
-
-    def _ask(self) -> Future:
-        """A refusal becomes a future, so that it is dealt with where there is time to wait."""
+    for index in range(len(asks)):
+        ask(index)
+    answers: dict[int, Answer] = {}
+    pauses_s = [iter(PAUSES_S) for _ in asks]
+    while len(answers) < len(asks):
+        index, future = finished.get()
         try:
-            return self._submit()
-        except Busy as refusal:
-            refused: Future[Answer] = Future()
-            refused.set_exception(refusal)
-            return refused
+            answers[index] = future.result()
+        except (Busy, Expired) as refusal:
+            pause_s = next(pauses_s[index], None)
+            if pause_s is None:
+                raise
+            _LOG.warning("%s; asking again in %g s", refusal, pause_s)
+            pause(pause_s)
+            ask(index)
+    return [answers[index] for index in range(len(asks))]
+
+
+def _ask(ask: Callable[[], Future]) -> Future:
+    """A refusal becomes a future, so that the others are asked first."""
+    try:
+        return ask()
+    except Busy as refusal:
+        refused: Future[Answer] = Future()
+        refused.set_exception(refusal)
+        return refused

@@ -8,7 +8,7 @@ unblocked by  the learner's progress (credit), the policy server, close of the q
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxvla import rng
 from jaxvla.serving.batcher import BatcherClosedError
-from jaxvla.serving.client import Answer, PendingAnswer
+from jaxvla.serving.client import Answer, gather
 from jaxvla.serving.routing import RoutedClient
 from jaxvla.simulation.assembler import SegmentAssembler, SegmentInfo
 from jaxvla.simulation.group import Cursor, EnvGroup
@@ -176,11 +176,11 @@ class Simulator:
 
     def _chunk(self, lanes: list[_Lane], assemblers: list[SegmentAssembler], chunk: int) -> None:
         """One chunk step of every lane: ask for all, wait for all, step all."""
-        futures = []
+        asks = []
         for lane in lanes:
             keys = _explore_keys(lane.key, lane.segment, chunk, lane.group.num_envs)
-            futures.append(self._submit(lane, "explore", lane.observation, np.asarray(keys)))
-        answers = [self._wait(future) for future in futures]
+            asks.append((lane, "explore", lane.observation, np.asarray(keys)))
+        answers = self._ask(asks)
         for lane, assembler, answer in zip(lanes, assemblers, answers, strict=True):
             with self._meter.busy("simulate"):
                 cursor = Cursor(segment=lane.segment, chunk=chunk)
@@ -208,12 +208,14 @@ class Simulator:
             asking = [i for i, parts in enumerate(queries) if index < len(parts)]
             for i in set(range(len(lanes))).difference(asking):
                 lanes[i].leave()
-            futures = [
-                self._submit(lanes[i], "value", queries[i][index], _no_keys(queries[i][index]))
-                for i in asking
-            ]
-            for i, future in zip(asking, futures, strict=True):
-                values[i].append(self._wait(future).result)
+            answers = self._ask(
+                [
+                    (lanes[i], "value", queries[i][index], _no_keys(queries[i][index]))
+                    for i in asking
+                ]
+            )
+            for i, answer in zip(asking, answers, strict=True):
+                values[i].append(answer.result)
         return values
 
     def _put(
@@ -243,16 +245,12 @@ class Simulator:
             info=info,
         )
 
-    def _submit(self, lane: _Lane, kind: str, observation: Any, keys: np.ndarray) -> PendingAnswer:
-        try:
-            return PendingAnswer(lambda: lane.client.submit(kind, observation, keys))
-        except BatcherClosedError as error:
-            raise _StoppedError from error
-
-    def _wait(self, pending: PendingAnswer) -> Answer:
+    def _ask(self, queries: Sequence[tuple[_Lane, str, Any, np.ndarray]]) -> list[Answer]:
+        """Answers to (lane, kind, observation, keys), one query per lane."""
+        asks = [functools.partial(lane.client.submit, *query) for lane, *query in queries]
         try:
             with self._meter.waiting("inference"):
-                return pending.result()
+                return gather(asks)
         except (BatcherClosedError, CancelledError) as error:
             raise _StoppedError from error
 

@@ -38,7 +38,7 @@ def trajectories(draw: Callable[..., Any], max_invalid: int = 1) -> Arrays:
     shape = (draw(st.sampled_from([1, 2, 6])), 3)
 
     def numbers() -> np.ndarray:
-        elements = st.floats(-2.0, 2.0, width=32)
+        elements = st.floats(-2.0, 2.0, width=32, allow_subnormal=False)  # XLA makes them 0
         return draw(hnp.arrays(np.float32, shape, elements=elements))
 
     ending = draw(hnp.arrays(np.int8, shape, elements=st.sampled_from([0, 0, 1, 2])))
@@ -179,7 +179,7 @@ def with_log_ratio(arrays: Arrays, log_ratio: Any) -> Arrays:
 def off_policy(draw: Callable[..., Any], low: float = -3.0) -> Arrays:
     """Trajectories of a policy whose ratio to the other is between exp(low) and exp(3)."""
     arrays = draw(trajectories())
-    elements = st.floats(low, 3.0, width=32)
+    elements = st.floats(low, 3.0, width=32, allow_subnormal=False)
     return with_log_ratio(
         arrays, draw(hnp.arrays(np.float32, arrays["reward"].shape, elements=elements))
     )

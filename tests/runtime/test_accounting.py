@@ -125,18 +125,18 @@ def test_overlap_shows_in_the_trace(
     )
     has_begun = threading.Event()
     functions: Any = run.controller._training.functions
-    prepare, step_chunk = functions.prepare, DeviceEnvGroup.step_chunk
+    place, step_chunk = functions.place, DeviceEnvGroup.step_chunk
 
-    def noted_prepare(*args: Any) -> Any:
+    def noted_place(trajectory: Any) -> Any:
         has_begun.set()
-        return prepare(*args)
+        return place(trajectory)
 
     def held_step(self: DeviceEnvGroup, actions: Any, cursor: Any) -> Any:
         if cursor.segment == 1:
             assert has_begun.wait(TIMEOUT_S)
         return step_chunk(self, actions, cursor)
 
-    functions.prepare = noted_prepare
+    functions.place = noted_place
     monkeypatch.setattr(DeviceEnvGroup, "step_chunk", held_step)
     run.expect(0)
     assert num_overlaps(run) > 0

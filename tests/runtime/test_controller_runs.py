@@ -30,7 +30,8 @@ from jaxvla.learning.learner import NonFiniteError
 from jaxvla.runtime.controller import Controller, _failure
 from jaxvla.runtime.local import ProgramFailedError
 from jaxvla.simulation.group import DeviceEnvGroup
-from jaxvla.transport.staleness import StalenessViolation
+from jaxvla.transport.schedule import FREE_SERVER
+from jaxvla.transport.staleness import StalenessViolation, credit_rule
 from jaxvla.types import Params
 
 fast_compilation = pytest.fixture(quick_jit, scope="module", autouse=True)
@@ -324,20 +325,20 @@ def test_batches_form_dynamically_or_in_lockstep(tmp_path: pathlib.Path) -> None
     for is_dynamic in (True, False):
         schedule = c.ScheduleConfig(overlap_rollout=is_dynamic)
         controller = make_controller(tmp_path, serving=serving, schedule=schedule)
-        batcher = controller._batcher()
+        batcher = controller._batcher(FREE_SERVER)
         limits[is_dynamic] = (batcher._trigger_rows, batcher._max_wait_s, batcher._capacity_rows)
         assert batcher._max_rows == 3
     assert limits == {True: (2, 0.02, 4), False: (3, math.inf, 4)}
 
 
-def test_the_credit_rule_is_that_of_the_config(tmp_path: pathlib.Path) -> None:
+def test_the_credit_rule_is_that_of_the_config() -> None:
     """The bound is in force only while simulation overlaps training."""
     learning = c.LearningConfig(num_updates=7, trajectories_per_update=5)
     for overlap, bound, interval in ((True, 3, 2), (False, 0, 1)):
         schedule = c.ScheduleConfig(
             overlap_training=overlap, max_staleness=3, publish_interval=interval
         )
-        rule = make_controller(tmp_path, learning=learning, schedule=schedule)._credit_rule()
+        rule = credit_rule(make_blueprint(learning=learning, schedule=schedule).config)
         assert dataclasses.asdict(rule) == {
             "trajectories_per_update": 5,
             "max_staleness": bound,

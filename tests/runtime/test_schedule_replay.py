@@ -15,6 +15,7 @@ from tiny_run import LOSSES, NO_EVALUATION, TIMEOUT_S, Run, make_blueprint, quic
 from jaxvla import config as c
 from jaxvla.config import UsageError
 from jaxvla.runtime.build import Blueprint
+from jaxvla.serving.batcher import Batcher, Busy
 from jaxvla.simulation.group import Cursor, EnvGroup
 from jaxvla.telemetry.metrics import Total
 from jaxvla.transport.schedule import Schedule
@@ -181,8 +182,20 @@ def test_a_recording_holds_the_whole_run(recorded: Run, directory: pathlib.Path)
     assert rows >= 2 * NUM_UPDATES * (2 + 1) * 2  # two chunks and a bootstrap value, two envs
 
 
+def refuse_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One request in eight is told that the server is busy."""
+    submit, draw = Batcher.submit, random.Random(0)
+
+    def refusing(self: Batcher, **request: Any) -> Any:
+        if draw.random() < 1 / 8:
+            raise Busy("by chance")
+        return submit(self, **request)
+
+    monkeypatch.setattr(Batcher, "submit", refusing)
+
+
 _VARIANTS: dict[str, dict[str, Any]] = {
-    "streamed, with impatient clients": {
+    "streamed": {
         "schedule": c.ScheduleConfig(
             max_staleness=2, publish_interval=2, window=3, stream_microbatches=True
         ),
@@ -192,7 +205,6 @@ _VARIANTS: dict[str, dict[str, Any]] = {
             batching="adaptive",
             trigger_size=6,
             max_wait_ms=4.0,
-            deadline_ms=5.0,
             max_batch=6,
             buckets=(2, 4, 6),
         ),
@@ -205,8 +217,11 @@ _VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("variant", list(_VARIANTS))
-def test_replays_under_random_delays(tmp_path: pathlib.Path, variant: str) -> None:
-    """Expired requests, which are asked again, count once."""
+def test_replays_under_random_delays(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, variant: str
+) -> None:
+    """Requests that are turned away and asked again count once."""
+    refuse_some(monkeypatch)
     plan = blueprint(**_VARIANTS[variant])
     made = record(tmp_path, Jitter(1), plan)
     require_equal(made, replay(tmp_path, "replay", Jitter(2), plan).expect(0))

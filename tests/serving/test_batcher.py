@@ -260,7 +260,7 @@ def test_expired_request_is_answered_with_an_error_and_not_computed():
     for future, client in ((late, "c0"), (also_late, "c1")):
         with pytest.raises(Expired, match=f"'{client}' waited 5 s, the deadline is 5 s"):
             future.result(0.0)
-    assert not fresh.done() and batcher.waiting_rows == 2
+    assert not fresh.done() and batcher.waiting_rows == 1
     submit(batcher, 3)
     submit(batcher, 0)
     assert fire(batcher) is None  # the expired ones of c0 and c1 wait no more

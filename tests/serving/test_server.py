@@ -433,7 +433,7 @@ def test_the_count_of_compilations_is_there_before_the_first_batch() -> None:
     with Rig() as rig:
         rig.publish(0)
         assert rig.acknowledged.get(timeout=TIMEOUT_S) == 0
-        assert rig.recorder.totals() == {"serving/recompiles": 0}
+        assert rig.recorder.totals()["serving/recompiles"] == 0
 
 
 def test_the_program_interface() -> None:
