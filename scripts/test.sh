@@ -11,4 +11,4 @@ cd "$ROOT"
 "$PYTHON" -m pyright
 # A file's tests share compiled functions, so they stay in one process. In the order of the files:
 # by number of tests, as is the default, the few long ones of tests/integration would come last.
-exec "$PYTHON" -m pytest -n auto --maxprocesses=8 --dist loadfile --no-loadscope-reorder "$@"
+exec "$PYTHON" -m pytest -n logical --maxprocesses=8 --dist loadfile --no-loadscope-reorder "$@"

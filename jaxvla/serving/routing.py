@@ -108,5 +108,8 @@ class RoutedClient:
         """See `InferenceClient.submit`."""
         if self._joined is None:
             raise ValueError(f"client {self.name!r} is not registered")
-        self._router.schedule.asked(self.name, kind, len(keys))
-        return self._joined.submit(kind, observation, keys)
+        future = self._joined.submit(kind, observation, keys)
+        self._router.schedule.asked(
+            self.name, kind, len(keys)
+        )  # what was turned away does not count
+        return future
