@@ -60,6 +60,7 @@ def test_without_overlap_rollout_all_groups_move_in_lockstep() -> None:
 def test_with_overlap_rollout_each_group_asks_when_it_is_ready() -> None:
     """Two groups double-buffer: each one's inference runs while the other one steps."""
     stages = Stages()
+    stages.hold(("step", "a", 0), until=("step", "b", 0))
     stages.hold(("step", "b", 0), until=("step", "a", 1))
     stages.hold(("step", "a", 1), until=("infer", "b", 1))
     run(stages, overlap_rollout=True, **TWO_GROUPS)
@@ -70,6 +71,7 @@ def test_with_overlap_rollout_each_group_asks_when_it_is_ready() -> None:
 def test_with_overlap_rollout_a_slow_group_delays_no_other() -> None:
     """Group a is in its first chunk until b has made a whole trajectory."""
     stages = Stages()
+    stages.hold(("step", "b", 0), until=("step", "a", 0))
     stages.hold(("step", "a", 0), until=("stepped", "b", 2))
     run(stages, overlap_rollout=True, **TWO_GROUPS)
     during = stages.between(("step", "a", 0), ("stepped", "a", 0))
