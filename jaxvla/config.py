@@ -49,6 +49,14 @@ class EnvConfig:
     def validate(self) -> None:
         """Raises ConfigError when a setting of the plug-in cannot work."""
 
+    def judge(self) -> "EnvConfig":
+        """The env with the last word on policies trained in this one: same spec, same tasks.
+
+        Raises:
+          ConfigError: there is none.
+        """
+        raise ConfigError("env.name", self.name, "has no judge", "leave --judge out")
+
 
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
@@ -258,6 +266,8 @@ class EvaluationConfig:
     """Episodes per task written to videos/."""
     seed: int = 1_000_003
     """Root of the evaluation episodes, apart from the training seed."""
+    num_judge_envs: int = 2
+    """Envs that play side by side in the env of --judge; for LIBERO a process each."""
 
 
 @dataclass(kw_only=True, slots=True)

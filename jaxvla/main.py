@@ -1,12 +1,15 @@
 """The command line.
 
     python -m jaxvla.main --config=configs/quickstart.py [--config.section.field=value ...]
-                          [--workdir=DIR] [--job=train|evaluate] [--dry_run] [--noresume]
+                          [--workdir=DIR] [--job=train|evaluate|compile_tasks] [--judge]
+                          [--dry_run] [--noresume]
                           [--record_schedule=FILE] [--replay_schedule=FILE]
 
 Jobs
-  train     optional supervised warm start, then asynchronous RL
-  evaluate  the newest checkpoint of the work directory on fixed episodes
+  train          optional supervised warm start, then asynchronous RL
+  evaluate       the newest checkpoint of the work directory on fixed episodes; with --judge also
+                 in the env that has the last word (LIBERO itself for libero_mjx)
+  compile_tasks  the task files of libero_mjx, from the installed LIBERO package
 
 Exit codes: 0 finished, 1 a program failed, 2 bad usage or config, 3 stopped by a signal
 (the same command continues), 4 a safety stop.
@@ -34,7 +37,7 @@ from jaxvla.runtime import cpu_settings
 from jaxvla.validation import type_name, validate
 
 EXIT_FINISHED, EXIT_USAGE = 0, 2
-JOBS = ("train", "evaluate")
+JOBS = ("train", "evaluate", "compile_tasks")
 
 
 def console_main() -> None:
@@ -63,6 +66,7 @@ def main(argv: Sequence[str]) -> int:
             is_dry_run=bool(options["dry_run"].value),
             may_resume=bool(options["resume"].value),
             command=shlex.join(["python", "-m", "jaxvla.main", *argv[1:]]),
+            with_judge=bool(options["judge"].value),
             record_schedule=_path(options["record_schedule"].value),
             replay_schedule=_path(options["replay_schedule"].value),
         )
@@ -100,6 +104,7 @@ def _define_flags() -> flags.FlagValues:
     flags.DEFINE_string("workdir", None, "Where to write; default runs/NAME.", flag_values=values)
     flags.DEFINE_enum("job", "train", list(JOBS), "What to do.", flag_values=values)
     flags.DEFINE_bool("dry_run", False, "Print the plan and write nothing.", flag_values=values)
+    flags.DEFINE_bool("judge", False, "Evaluate in the env's judge too.", flag_values=values)
     flags.DEFINE_bool("resume", True, "Continue a used work directory.", flag_values=values)
     flags.DEFINE_string(
         "record_schedule",

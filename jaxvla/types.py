@@ -106,6 +106,8 @@ class ChunkResult:
     """int32 [E], task id of the episode this chunk belongs to."""
     invalid: AnyArray
     """bool [E], the world went non-finite or its process died: not to be trained on."""
+    contact_overflow: AnyArray
+    """int32 [E], contacts of this chunk that exceeded the physics' fixed buffers."""
 
 
 @flax.struct.dataclass(kw_only=True)

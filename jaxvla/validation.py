@@ -102,6 +102,7 @@ _RANGES = (
             "learning.max_skipped_updates",
             "warm_start.batch_size",
             "warm_start.num_episodes",
+            "evaluation.num_judge_envs",
             "checkpoint.interval",
             *_of_optimizers("learning_rate", "value_learning_rate", "clip_norm", "eps"),
         ),

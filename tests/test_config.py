@@ -6,6 +6,7 @@ import pathlib
 import shlex
 from typing import Any
 
+import compiled_libero
 import pytest
 
 from jaxvla import main
@@ -18,6 +19,8 @@ from jaxvla.config import (
     override,
     to_dict,
 )
+from jaxvla.envs.libero_mjx import LiberoMjxConfig
+from jaxvla.envs.libero_task import CACHE_VARIABLE
 from jaxvla.runtime.build import draw_blueprint
 from jaxvla.validation import validate
 
@@ -34,9 +37,21 @@ def _get(config: Any, name: str) -> Any:
     return config
 
 
-@pytest.mark.parametrize("path", _CONFIGS, ids=lambda path: path.stem)
-def test_a_shipped_config_loads_validates_overrides_and_resolves(path: pathlib.Path):
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=compiled_libero.MARKS if path.stem.endswith("_mjx") else ())
+        for path in _CONFIGS
+    ],
+    ids=lambda path: path.stem,
+)
+def test_a_shipped_config_loads_validates_overrides_and_resolves(
+    path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
     config = _load(path)
+    if isinstance(config.env, LiberoMjxConfig):
+        tasks = compiled_libero.task_dir(config.env.suite, *config.env.task_ids)
+        monkeypatch.setenv(CACHE_VARIABLE, tasks)
     validate(config)
     _, changed = main.parse(["jaxvla", f"--config={path}", "--config.seed=11"])
     assert changed is not None and changed.seed == 11

@@ -44,6 +44,12 @@ _MISTAKES = {
     ),
     "unknown flag": (f"{_DEBUG} --wrkdir=x", "unknown flag --wrkdir (did you mean '--workdir'?)"),
     "unknown job": (f"{_DEBUG} --job=trian", "--job=trian", "train|evaluate"),
+    "a judge of training": (f"{_DEBUG} --judge", "--judge: job 'train'", "Fix: --job=evaluate"),
+    "tasks of an env that has none": (
+        f"{_DEBUG} --job=compile_tasks",
+        "config.env.name = 'tabletop': has no tasks to compile",
+        "Fix: --config.env.name=libero_mjx",
+    ),
     "stray argument": (f"{_DEBUG} seed=1", "unexpected argument 'seed=1'"),
     "unknown setting": (
         f"{_DEBUG} {_C}optimizer.learning_rat=0.1",

@@ -1,5 +1,6 @@
 """Labelled observations in memory: what a supervised start trains on."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -11,6 +12,13 @@ from jaxvla.types import SupervisedBatch
 def concatenate(parts: Sequence[SupervisedBatch]) -> SupervisedBatch:
     """Joins parts along the samples, on the host."""
     return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+
+
+def alternate(
+    streams: Sequence[Iterator[SupervisedBatch]], num_batches: int
+) -> Iterator[SupervisedBatch]:
+    """`num_batches` batches, from each stream in turn."""
+    return itertools.islice(itertools.chain.from_iterable(zip(*streams, strict=True)), num_batches)
 
 
 def num_samples(samples: SupervisedBatch) -> int:

@@ -6,6 +6,7 @@ ENVS = Registry(
     "env",
     {
         "tabletop": "jaxvla.envs.tabletop:Tabletop",
+        "libero_mjx": "jaxvla.envs.libero_mjx:LiberoMjx",
         "libero_host": "jaxvla.envs.libero_host:LiberoHost",
     },
 )

@@ -1,10 +1,12 @@
 """The environment protocols.
 
-A device env is a set of pure functions of one world; the env group vmaps and jits them.
-A host env runs simulators in worker processes; see `jaxvla.envs.libero_host`.
+A device env is a set of pure functions of one world; the env group vmaps and jits them. Its
+worlds all have the same shapes, so an env whose tasks need several scenes is a `SceneFamily`: a
+device env per scene. A host env runs simulators in worker processes; see
+`jaxvla.envs.libero_host`.
 """
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import flax.struct
 import jax
@@ -29,6 +31,8 @@ class EnvState:
     """bool [], the episode reached its time limit without terminating."""
     success: jax.Array
     """bool [], the task is solved."""
+    contact_overflow: jax.Array
+    """int32 [], contacts of the running episode that exceeded the physics' fixed buffers."""
 
 
 @runtime_checkable
@@ -36,6 +40,8 @@ class DeviceEnv(Protocol):
     """Pure functions of one world (no batch axis). All are traced under vmap and jit."""
 
     spec: EnvSpec
+    task_ids: tuple[int, ...]
+    """Tasks of the spec that `reset` can start."""
     config: EnvConfig
     """Resolved: no -1 left."""
 
@@ -62,6 +68,33 @@ class DeviceEnv(Protocol):
     def expert_action(self, state: EnvState) -> jax.Array:
         """float32 [A], a scripted action that uses the full state."""
         ...
+
+
+@runtime_checkable
+class FixedStartsEnv(DeviceEnv, Protocol):
+    """A device env whose benchmark numbers the episodes of a task."""
+
+    def reset_to(self, key: jax.Array, task: jax.Array, seed: jax.Array) -> EnvState:
+        """Starts episode `seed` (uint32 []) of a task; what is left to chance comes from `key`."""
+        ...
+
+
+@runtime_checkable
+class SceneFamily(Protocol):
+    """Device envs of one spec, each for the tasks that share a scene."""
+
+    spec: EnvSpec
+    config: EnvConfig
+    """Resolved: no -1 left."""
+    scenes: tuple[DeviceEnv, ...]
+    """Their `task_ids` are a partition of the spec's."""
+
+
+def device_scenes(env: Any) -> tuple[DeviceEnv, ...]:
+    """The device envs that an env plug-in consists of; none if it is a host env."""
+    if isinstance(env, SceneFamily):
+        return env.scenes
+    return (env,) if isinstance(env, DeviceEnv) else ()
 
 
 @runtime_checkable

@@ -11,10 +11,8 @@ Actions, float32 [4] in [-1, 1]: hand motion (x, y, z) as a fraction of MAX_MOVE
 control step, and grip (-1 opens, +1 closes).
 """
 
-import contextlib
 import dataclasses
 import functools
-import io
 from dataclasses import dataclass
 
 import flax.struct
@@ -27,11 +25,9 @@ from jaxvla.config import ConfigError, EnvConfig
 from jaxvla.envs import tabletop_expert
 from jaxvla.envs import tabletop_scene as scene
 from jaxvla.envs.base import EnvState
+from jaxvla.envs.quiet_mjx import mjx
 from jaxvla.envs.rendering.ray_caster import RayCaster, ScenePoses
 from jaxvla.types import EnvObservation, EnvSpec
-
-with contextlib.redirect_stdout(io.StringIO()):  # it prints that the optional warp is missing
-    from mujoco import mjx
 
 TASKS = {
     "reach": ("reach the {} block", 32),
@@ -123,6 +119,7 @@ class Tabletop:
         self._block_geoms = np.asarray(
             [self.model.geom(f"block_{i}").id for i in range(scene.NUM_BLOCKS)]
         )
+        self.task_ids = tuple(range(len(config.tasks)))
         self.spec = EnvSpec(
             cameras=cameras,
             image_size=config.image_size,
@@ -166,6 +163,7 @@ class Tabletop:
             terminated=jnp.zeros((), bool),
             truncated=jnp.zeros((), bool),
             success=jnp.zeros((), bool),
+            contact_overflow=jnp.zeros((), jnp.int32),  # not counted here
         )
 
     def scene(self, key: jax.Array, task: jax.Array) -> TabletopState:

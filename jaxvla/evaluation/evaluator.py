@@ -7,7 +7,7 @@ unblocked by  -
 """
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import jax
@@ -49,18 +49,19 @@ class Evaluator:
         *,
         config: EvaluationConfig,
         sampler: Sampler,
-        make_group: Callable[[], EnvGroup],
+        make_groups: Callable[[], Iterable[EnvGroup]],
         should_stop: Callable[[], bool] = lambda: False,
     ):
         """Args:
         config: episodes, seed, videos.
         sampler: compiled with kind "act".
-        make_group: makes an env group; closed after each evaluation.
+        make_groups: makes env groups, one at a time, that together play all tasks; each is
+          closed after its episodes.
         should_stop: polled between chunks.
         """
         self._config = config
         self._sampler = sampler
-        self._make_group = make_group
+        self._make_groups = make_groups
         self._should_stop = should_stop
         self._key = rng.stream(rng.root_key(config.seed), "evaluation")
 
@@ -74,27 +75,35 @@ class Evaluator:
         Returns:
           The result, or None when asked to stop meanwhile.
         """
-        group = self._make_group()
-        try:
-            num_tasks = len(group.spec.tasks)
-            episodes = [
-                Episode(index=i, task=i % num_tasks, seed=i // num_tasks)
-                for i in range(self._config.num_episodes)
-            ]
-            successes: list[bool] = []
-            for first in range(0, len(episodes), group.num_envs):
-                wave = episodes[first : first + group.num_envs]
-                outcome = self._wave(group, params, wave, videos)
-                if outcome is None:
-                    return None
-                successes += outcome
-        finally:
-            group.close()
+        outcomes: dict[int, bool] = {}
+        tasks: tuple[str, ...] = ()
+        for group in self._make_groups():
+            try:
+                tasks = group.spec.tasks
+                for wave in self._waves(group):
+                    outcome = self._wave(group, params, wave, videos)
+                    if outcome is None:
+                        return None
+                    outcomes |= zip([episode.index for episode in wave], outcome, strict=True)
+            finally:
+                group.close()
+        order = sorted(outcomes)
         return summarise(
-            tasks=group.spec.tasks,
-            task_ids=np.asarray([episode.task for episode in episodes], np.int32),
-            successes=np.asarray(successes, bool),
+            tasks=tasks,
+            task_ids=np.asarray([index % len(tasks) for index in order], np.int32),
+            successes=np.asarray([outcomes[index] for index in order], bool),
         )
+
+    def _waves(self, group: EnvGroup) -> Iterator[list[Episode]]:
+        """The group's share of all episodes, as many at a time as it has envs."""
+        num_tasks = len(group.spec.tasks)
+        episodes = [
+            Episode(index=i, task=i % num_tasks, seed=i // num_tasks)
+            for i in range(self._config.num_episodes)
+            if i % num_tasks in group.task_ids
+        ]
+        for first in range(0, len(episodes), group.num_envs):
+            yield episodes[first : first + group.num_envs]
 
     def _wave(
         self,

@@ -1,7 +1,7 @@
 """Success rates of an evaluation with their uncertainty."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -77,16 +77,28 @@ class EvaluationResult:
             "eval/episodes": self.overall.num_episodes,
         } | {f"eval/success_rate/{task}": rate.rate for task, rate in self.per_task.items()}
 
-    def table(self) -> list[str]:
-        """Plain text lines: a header, one line a task, the total."""
-        rows = [*self.per_task.items(), ("all tasks", self.overall)]
-        width = max(len(name) for name, _ in rows)
-        lines = [f"{'task':<{width}}  episodes  success  95 % interval"]
-        for name, success in rows:
-            low, high = success.ci95
-            rate = f"{success.num_episodes:8d}  {success.rate:7.3f}"
-            lines.append(f"{name:<{width}}  {rate}  [{low:.3f}, {high:.3f}]")
-        return lines
+
+def table(results: Mapping[str, EvaluationResult]) -> list[str]:
+    """Plain text lines: a header, one line a task, the total.
+
+    Args:
+      results: of the same tasks by env; each has columns of its own.
+    """
+    first, *_ = results.values()
+    names = [*first.per_task, "all tasks"]
+    width = max(len(name) for name in names)
+    lines = [f"{'task':<{width}}" + "".join(f"  {env:>33}" for env in results)]
+    lines.append(" " * width + "  episodes  success   95 % interval" * len(results))
+    for row, name in enumerate(names):
+        cells = [[*result.per_task.values(), result.overall][row] for result in results.values()]
+        lines.append(f"{name:<{width}}" + "".join(_cell(cell) for cell in cells))
+    return lines
+
+
+def _cell(success: SuccessRate) -> str:
+    low, high = success.ci95
+    interval = f"[{low:.3f}, {high:.3f}]"
+    return f"  {success.num_episodes:8d}  {success.rate:7.3f}  {interval:>14}"
 
 
 def summarise(

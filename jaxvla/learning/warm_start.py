@@ -10,6 +10,9 @@ from jaxvla.learning.train_state import TrainState
 from jaxvla.learning.train_step import TrainFunctions
 from jaxvla.types import SupervisedBatch
 
+REPORT_INTERVAL = 500
+"""Steps; some minutes on a CPU."""
+
 
 def fit(
     functions: TrainFunctions,
@@ -18,6 +21,7 @@ def fit(
     *,
     key: jax.Array,
     should_stop: Callable[[], bool],
+    report: Callable[[int, Metrics], None] = lambda step, metrics: None,
 ) -> tuple[TrainState, Metrics] | None:
     """One optimizer step per batch.
 
@@ -27,6 +31,7 @@ def fit(
       batches: what to learn, leading axis B.
       key: typed key for noise and flow times.
       should_stop: polled between steps.
+      report: called every REPORT_INTERVAL steps with their number and the last metrics.
 
     Returns:
       The trained state and the metrics of the last step, or None when asked to stop.
@@ -37,4 +42,6 @@ def fit(
             return None
         batch = jax.device_put(batch, functions.rows)
         state, metrics = functions.supervised_step(state, batch, rng.stream(key, "flow", step))
+        if (step + 1) % REPORT_INTERVAL == 0:
+            report(step + 1, jax.device_get(metrics))
     return state, jax.device_get(metrics)

@@ -20,9 +20,10 @@ from typing import Any
 import jax
 
 from jaxvla import rng
+from jaxvla.algorithms.base import Metrics
 from jaxvla.checkpoint import Restored
 from jaxvla.config import to_dict
-from jaxvla.data.demonstrations import num_samples, shuffled_batches
+from jaxvla.data.demonstrations import alternate, concatenate, num_samples, shuffled_batches
 from jaxvla.evaluation.evaluator import Evaluator
 from jaxvla.learning.learner import Learner, NonFiniteError, Progress
 from jaxvla.learning.train_state import TrainState
@@ -102,7 +103,7 @@ class Controller:
         self._evaluator = Evaluator(
             config=self.config.evaluation,
             sampler=self._parts.sampler,
-            make_group=self._groups.evaluation,
+            make_groups=self._groups.evaluation,
             should_stop=stop_requested.is_set,
         )
 
@@ -160,9 +161,10 @@ class Controller:
         shapes = blueprint.params_struct(), blueprint.observation_struct(1)
         jobs: list[Callable[[], None]] = []
         if self._groups.is_device_env:
-            jobs.append(self._groups.stepper.compile)
+            jobs += [stepper.compile for stepper in self._groups.steppers]
             if self.config.warm_start.num_steps and is_fresh:
-                jobs += [self._groups.demonstrator.compile, self._compile_warm_start]
+                jobs += [demonstrator.compile for demonstrator in self._groups.demonstrators]
+                jobs.append(self._compile_warm_start)
         for sampler in dict.fromkeys(self._parts.samplers):
             jobs.append(functools.partial(sampler.compile, *shapes))
         jobs.append(self._compile_training)
@@ -184,7 +186,7 @@ class Controller:
     def _compile_warm_start(self) -> None:
         """Both stages of the warm start: scenes have no actions."""
         config, training = self.config.warm_start, self._supervised_training
-        batch = self._groups.demonstrator.batch_struct(config.batch_size)
+        batch = self._groups.demonstrators[0].batch_struct(config.batch_size)
         batches = [batch]
         if config.num_grounding_steps:
             batches.append(dataclasses.replace(batch, actions=None))
@@ -226,17 +228,31 @@ class Controller:
     def _warm_start(self, params: Params) -> Params:
         """Grounding on random scenes, then imitation of scripted demonstrations."""
         config, root = self.config.warm_start, self._parts.root
-        demonstrator, size = self._groups.demonstrator, config.batch_size
+        demonstrators, size = self._groups.demonstrators, config.batch_size
         if config.num_grounding_steps:
             steps = config.num_grounding_steps
-            scenes = demonstrator.scenes(batch_size=size, num_batches=steps, key=root)
+            scenes = alternate(
+                [x.scenes(batch_size=size, num_batches=steps, key=root) for x in demonstrators],
+                steps,
+            )
             params = self._fit(f"grounding ({steps} steps of {size} scenes)", params, scenes)
         with self._screen.phase(f"demonstrations ({config.num_episodes} scripted episodes)"):
-            samples = demonstrator.collect(config.num_episodes, root)
+            samples = self._demonstrations(config.num_episodes)
         steps, seed = config.num_steps, self.config.seed
         batches = shuffled_batches(samples, batch_size=size, num_batches=steps, seed=seed)
         title = f"imitation ({steps} steps of {size}, {num_samples(samples)} samples)"
         return self._fit(title, params, batches)
+
+    def _demonstrations(self, num_episodes: int) -> SupervisedBatch:
+        """Of every scene alike."""
+        demonstrators, parts = self._groups.demonstrators, []
+        for demonstrator in demonstrators:
+            share = -(-num_episodes // len(demonstrators))
+            samples = demonstrator.collect(share, self._parts.root, self._stop_requested.is_set)
+            if samples is None:
+                raise StoppedError
+            parts.append(samples)
+        return concatenate(parts)
 
     @functools.cached_property
     def _supervised_training(self) -> Training:
@@ -245,6 +261,10 @@ class Controller:
     def _fit(self, title: str, params: Params, batches: Iterable[SupervisedBatch]) -> Params:
         """One stage of the warm start, with a fresh optimizer; `params` are donated."""
         training = self._supervised_training
+
+        def report(step: int, metrics: Metrics) -> None:
+            self._screen.message(f"  step {step}: {_losses_first(metrics)}")
+
         with self._screen.phase(title):
             trained = fit(
                 training.functions,
@@ -252,6 +272,7 @@ class Controller:
                 batches,
                 key=rng.stream(self._parts.root, "warm_start"),
                 should_stop=self._stop_requested.is_set,
+                report=report,
             )
         if trained is None:
             raise StoppedError

@@ -1,5 +1,6 @@
 """The evaluate job: the newest checkpoint of a work directory on fixed episodes."""
 
+import dataclasses
 import pathlib
 import threading
 from typing import Any
@@ -8,7 +9,8 @@ import jax
 
 from jaxvla.checkpoint import Restored
 from jaxvla.evaluation.evaluator import Evaluator
-from jaxvla.runtime.build import Blueprint, Parts
+from jaxvla.evaluation.statistics import EvaluationResult, table
+from jaxvla.runtime.build import Blueprint, Parts, draw_blueprint
 from jaxvla.runtime.groups import Groups
 from jaxvla.telemetry.metrics import MetricRecorder
 from jaxvla.telemetry.progress import Screen
@@ -44,32 +46,66 @@ def restore_evaluated(parts: Parts, workdir: pathlib.Path) -> Restored | None:
         checkpointer.close()
 
 
+def draw_judge(blueprint: Blueprint) -> Blueprint:
+    """The same policy in the env that judges it.
+
+    Raises:
+      ConfigError: the env has no judge.
+      ValueError: what the judge needs is not installed.
+    """
+    config = blueprint.config
+    env = config.env.judge()
+    simulation = dataclasses.replace(
+        config.simulation, envs_per_group=config.evaluation.num_judge_envs
+    )
+    return draw_blueprint(dataclasses.replace(config, env=env, simulation=simulation))
+
+
 def evaluate_checkpoint(
     blueprint: Blueprint,
     workdir: pathlib.Path,
     screen: Screen,
     stop_requested: threading.Event,
+    judge: Blueprint | None = None,
 ) -> int:
-    """Writes eval.json and videos; returns the exit code of the contract."""
+    """Writes eval.json and videos; returns the exit code of the contract.
+
+    Args:
+      blueprint: of the run.
+      workdir: of the run.
+      screen: where to show.
+      stop_requested: set by signals.
+      judge: from `draw_judge`, to evaluate there too.
+    """
     parts = Parts(blueprint)
-    groups = Groups(parts, log_dir=workdir / "logs", recorder=MetricRecorder())
     restored = restore_evaluated(parts, workdir)
     if restored is None:
         screen.message(f"{workdir} holds no complete checkpoint")
         return 1
     with screen.phase("compile"):
         parts.sampler.compile(blueprint.params_struct(), blueprint.observation_struct(1))
-    evaluator = Evaluator(
-        config=blueprint.config.evaluation,
-        sampler=parts.sampler,
-        make_group=groups.evaluation,
-        should_stop=stop_requested.is_set,
-    )
-    with screen.phase(f"evaluate update {restored.step}"):
-        result = evaluator.evaluate(restored.arrays["state"]["params"], workdir / "videos")
-    if result is None:
-        return EXIT_STOPPED
-    write_json(workdir / "eval.json", {"update": restored.step, **result.record()})
-    screen.message("\n".join(result.table()))
+    params = restored.arrays["state"]["params"]
+    results: dict[str, EvaluationResult] = {}
+    for where in (blueprint, judge) if judge else (blueprint,):
+        name = where.config.env.name
+        videos = workdir / "videos" / ("judge" if where is judge else "")
+        groups = Groups(Parts(where), log_dir=workdir / "logs", recorder=MetricRecorder())
+        evaluator = Evaluator(
+            config=where.config.evaluation,
+            sampler=parts.sampler,
+            make_groups=groups.evaluation,
+            should_stop=stop_requested.is_set,
+        )
+        with screen.phase(f"evaluate update {restored.step} in {name}"):
+            result = evaluator.evaluate(params, videos)
+        if result is None:
+            return EXIT_STOPPED
+        results[name] = result
+    own, *judged = results.values()
+    record: dict[str, Any] = {"update": restored.step, **own.record()}
+    if judge and judged:
+        record["judge"] = {"env": judge.config.env.name, **judged[0].record()}
+    write_json(workdir / "eval.json", record)
+    screen.message("\n".join(table(results)))
     screen.message(f"videos in {workdir / 'videos'}")
     return EXIT_FINISHED

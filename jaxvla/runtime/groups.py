@@ -2,14 +2,14 @@
 
 import functools
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
 from jaxvla import rng
-from jaxvla.envs.base import DeviceEnv
+from jaxvla.envs.base import device_scenes
 from jaxvla.runtime.build import Parts
 from jaxvla.simulation.demonstrator import Demonstrator
 from jaxvla.simulation.group import DeviceEnvGroup, DeviceStepper, EnvGroup
@@ -18,11 +18,15 @@ from jaxvla.telemetry.metrics import MetricRecorder
 
 
 class Groups:
-    """Factory of env groups that share compiled functions."""
+    """Factory of env groups that share compiled functions.
+
+    Group i of a device env plays scene i mod n of its n scenes.
+    """
 
     def __init__(self, parts: Parts, *, log_dir: pathlib.Path, recorder: MetricRecorder):
         self._parts = parts
         self._env = parts.blueprint.env
+        self._scenes = device_scenes(self._env)
         self._config = parts.config
         self._log_dir = log_dir
         self._recorder = recorder
@@ -30,56 +34,68 @@ class Groups:
     @property
     def is_device_env(self) -> bool:
         """The env is a set of pure functions, not worker processes."""
-        return isinstance(self._env, DeviceEnv)
+        return bool(self._scenes)
 
     @functools.cached_property
-    def stepper(self) -> DeviceStepper:
-        """Shared functions of a device env."""
-        return DeviceStepper(
-            self._env,
-            self._parts.blueprint.table,
-            num_envs=self._config.simulation.envs_per_group,
-            num_executed=self._config.env.num_executed,
-            mesh=self._parts.meshes["simulation"],
-            observe_final=self._config.algorithm.reads_final_values(),
+    def steppers(self) -> tuple[DeviceStepper, ...]:
+        """Shared functions of a device env, one set per scene."""
+        return tuple(
+            DeviceStepper(
+                scene,
+                self._parts.blueprint.table,
+                num_envs=self._config.simulation.envs_per_group,
+                num_executed=self._config.env.num_executed,
+                mesh=self._parts.meshes["simulation"],
+                observe_final=self._config.algorithm.reads_final_values(),
+            )
+            for scene in self._scenes
         )
 
     @functools.cached_property
-    def demonstrator(self) -> Demonstrator:
-        """The env's expert."""
-        return Demonstrator(
-            self._env,
-            self._parts.blueprint.table,
-            num_envs=self._config.simulation.envs_per_group,
-            action_horizon=self._config.model.action_horizon,
-            noise_std=self._config.warm_start.noise_std,
-            mesh=self._parts.meshes["simulation"],
+    def demonstrators(self) -> tuple[Demonstrator, ...]:
+        """The env's expert in each scene."""
+        return tuple(
+            Demonstrator(
+                scene,
+                self._parts.blueprint.table,
+                num_envs=self._config.simulation.envs_per_group,
+                action_horizon=self._config.model.action_horizon,
+                noise_std=self._config.warm_start.noise_std,
+                mesh=self._parts.meshes["simulation"],
+            )
+            for scene in self._scenes
         )
 
     def training(self) -> list[EnvGroup]:
         """The simulator's groups."""
         return [self._make(f"group_{i}", i) for i in range(self._config.simulation.num_groups)]
 
-    def evaluation(self) -> EnvGroup:
-        """A group for one evaluation. It repeats the same episodes whatever the run's seed."""
-        return self._make("evaluation", 0, root=rng.root_key(self._config.evaluation.seed))
+    def evaluation(self) -> Iterator[EnvGroup]:
+        """Groups for one evaluation, which together play all tasks. They repeat the same
+        episodes whatever the run's seed."""
+        root = rng.root_key(self._config.evaluation.seed)
+        for index in range(max(1, len(self._scenes))):
+            yield self._make("evaluation", index, root=root)
 
     def targets(self, names: Iterable[str]) -> dict[str, Any]:
         """What a checkpoint must hold of the named groups: host arrays like their states."""
-        state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self._state_struct())
-        return dict.fromkeys(names, state)
+        return {name: self._target(int(name.removeprefix("group_"))) for name in names}
 
-    def _state_struct(self) -> Any:
+    def _target(self, index: int) -> Any:
         if self.is_device_env:
-            return jax.eval_shape(self.stepper.draw, jax.random.key(0))
-        return HostEnvGroup.state_struct(self._config.simulation.envs_per_group)
+            struct = jax.eval_shape(self._stepper(index).draw, jax.random.key(0))
+        else:
+            struct = HostEnvGroup.state_struct(self._config.simulation.envs_per_group)
+        return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), struct)
+
+    def _stepper(self, index: int) -> DeviceStepper:
+        return self.steppers[index % len(self._scenes)]
 
     def _make(self, name: str, index: int, root: jax.Array | None = None) -> EnvGroup:
         if self.is_device_env:
             root = self._parts.root if root is None else root
-            return DeviceEnvGroup(
-                self.stepper, name=name, key=rng.stream(root, "simulation", index)
-            )
+            key = rng.stream(root, "simulation", index)
+            return DeviceEnvGroup(self._stepper(index), name=name, key=key)
         num_envs = self._config.simulation.envs_per_group
         return HostEnvGroup(
             name=name,

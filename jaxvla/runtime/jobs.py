@@ -10,18 +10,24 @@ import threading
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxvla.algorithms import ALGORITHMS
 from jaxvla.checkpoint import CorruptCheckpointError
 from jaxvla.config import ConfigError, ExperimentConfig, UsageError, override, to_dict
 from jaxvla.envs import ENVS
-from jaxvla.envs.base import DeviceEnv, GroundedEnv
+from jaxvla.envs.base import GroundedEnv, device_scenes
 from jaxvla.learning.optimizer import make_optimizer
 from jaxvla.models import MODELS
 from jaxvla.runtime.build import Blueprint, Parts, draw_blueprint
 from jaxvla.runtime.controller import Controller
 from jaxvla.runtime.dry_run import plan_lines
-from jaxvla.runtime.evaluate import EVALUATED, evaluate_checkpoint, evaluated_target
+from jaxvla.runtime.evaluate import (
+    EVALUATED,
+    draw_judge,
+    evaluate_checkpoint,
+    evaluated_target,
+)
 from jaxvla.runtime.groups import Groups
 from jaxvla.runtime.signals import stop_on_signals
 from jaxvla.telemetry.metrics import MetricRecorder
@@ -43,18 +49,20 @@ def run(
     is_dry_run: bool,
     may_resume: bool,
     command: str,
+    with_judge: bool = False,
     record_schedule: pathlib.Path | None = None,
     replay_schedule: pathlib.Path | None = None,
 ) -> int:
     """Runs one job.
 
     Args:
-      job: "train" or "evaluate".
+      job: "train", "evaluate" or "compile_tasks".
       config: validated, not resolved.
       workdir: where to write.
       is_dry_run: print the plan only.
       may_resume: a used work directory is continued; otherwise it is refused.
       command: the command line that was given, for "next" lines.
+      with_judge: evaluate in the env's judge too.
       record_schedule: new file to write the schedule of the run to.
       replay_schedule: file of the schedule to follow.
 
@@ -66,14 +74,19 @@ def run(
         checkpoint in it or the schedule to replay. Nothing has been written then.
     """
     _check_plugins(config)
+    if job == "compile_tasks":
+        return _compile_tasks(config)
     if not is_dry_run:
         _check_workdir(workdir, job, may_resume)
     _check_schedules(record_schedule, replay_schedule, job, workdir)
+    if with_judge and job != "evaluate":
+        raise UsageError(f"--judge: job {job!r} has no judge. Fix: --job=evaluate")
     replay = ScheduleReplay(replay_schedule) if replay_schedule else None
     # Before the env is made, which may put arrays on a device.
     validate_devices(config, _num_devices())
     try:
         blueprint = draw_blueprint(config)
+        judge = draw_judge(blueprint) if with_judge else None
     except ConfigError:
         raise
     except ValueError as error:  # an optional package, or a library of it, is missing
@@ -81,6 +94,7 @@ def run(
     if replay is not None:
         replay.require(blueprint.config)
     if job == "train":
+        _check_groups(blueprint)
         _check_learning(blueprint)
     if is_dry_run:
         for line in plan_lines(blueprint):
@@ -91,14 +105,19 @@ def run(
     schedule = replay or _recorder(record_schedule, blueprint)
     try:
         with contextlib.closing(schedule):
-            return _run(blueprint, job, workdir, command, schedule)
+            return _run(blueprint, job, workdir, command, schedule, judge)
     except CorruptCheckpointError as error:
         sys.stderr.write(f"error: {error}\n")
         return EXIT_UNSAFE
 
 
 def _run(
-    blueprint: Blueprint, job: str, workdir: pathlib.Path, command: str, schedule: Schedule
+    blueprint: Blueprint,
+    job: str,
+    workdir: pathlib.Path,
+    command: str,
+    schedule: Schedule,
+    judge: Blueprint | None,
 ) -> int:
     """Runs a job that is known to fit."""
     stop_requested = threading.Event()
@@ -108,7 +127,7 @@ def _run(
         Screen(sys.stdout, num_updates=num_updates) as screen,
     ):
         if job == "evaluate":
-            return evaluate_checkpoint(blueprint, workdir, screen, stop_requested)
+            return evaluate_checkpoint(blueprint, workdir, screen, stop_requested, judge)
         _write_config(blueprint, workdir)
         return Controller(
             blueprint,
@@ -118,6 +137,18 @@ def _run(
             command=command,
             schedule=schedule,
         ).run()
+
+
+def _compile_tasks(config: ExperimentConfig) -> int:
+    # Not at the top: no other job needs all that reads LIBERO.
+    from jaxvla.runtime.compile_tasks import compile_tasks
+
+    try:
+        return compile_tasks(config.env)
+    except ConfigError:
+        raise
+    except ValueError as error:  # LIBERO, or a file of it, is missing
+        raise UsageError(f"config.env.name = {config.env.name!r}: {error}") from error
 
 
 def _check_plugins(config: ExperimentConfig) -> None:
@@ -147,6 +178,21 @@ def _num_devices() -> int:
         raise UsageError(f"JAX has no devices: {error}. Fix: JAX_PLATFORMS=cpu") from error
 
 
+def _check_groups(blueprint: Blueprint) -> None:
+    """Refuses a run in which some scenes would never be played."""
+    num_groups, num_scenes = (
+        blueprint.config.simulation.num_groups,
+        len(device_scenes(blueprint.env)),
+    )
+    if num_groups < num_scenes:
+        raise ConfigError(
+            "simulation.num_groups",
+            num_groups,
+            f"the tasks need {num_scenes} scenes, and every env group plays one",
+            override("simulation.num_groups", num_scenes),
+        )
+
+
 def _check_learning(blueprint: Blueprint) -> None:
     """Refuses what only the parameters' names and the kind of env show."""
     config = blueprint.config
@@ -155,20 +201,33 @@ def _check_learning(blueprint: Blueprint) -> None:
         return
     section = "warm_start.optimizer"
     make_optimizer(config.warm_start.optimizer, blueprint.params_struct(), section=section)
-    if not isinstance(blueprint.env, DeviceEnv):
+    if not device_scenes(blueprint.env):
         raise ConfigError(
             "warm_start.num_steps",
             config.warm_start.num_steps,
             f"env {config.env.name!r} has no scripted expert to imitate",
             override("warm_start.num_steps", 0),
         )
+    _check_experts(blueprint)
     if config.warm_start.num_grounding_steps:
         _check_grounding(blueprint)
 
 
+def _check_experts(blueprint: Blueprint) -> None:
+    """Refuses demonstrations of tasks that the env's expert cannot do."""
+    for scene in device_scenes(blueprint.env):
+        key, task = jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct((), np.int32)
+        try:
+            jax.eval_shape(lambda k, t, s=scene: s.expert_action(s.reset(k, t)), key, task)
+        except ValueError as error:
+            num_steps = blueprint.config.warm_start.num_steps
+            fix = override("warm_start.num_steps", 0)
+            raise ConfigError("warm_start.num_steps", num_steps, str(error), fix) from error
+
+
 def _check_grounding(blueprint: Blueprint) -> None:
     """Refuses grounding steps that nothing could be learned from."""
-    has_masks = isinstance(blueprint.env, GroundedEnv)
+    has_masks = all(isinstance(scene, GroundedEnv) for scene in device_scenes(blueprint.env))
     if not has_masks or "grounding_head" not in blueprint.params_struct():
         lacking = "the model has no grounding head" if has_masks else "the env gives no masks"
         raise ConfigError(

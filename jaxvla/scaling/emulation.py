@@ -140,6 +140,7 @@ class EmulatedGroup:
     """An EnvGroup whose chunk steps take time and show nothing. Episodes never end."""
 
     spec = SPEC
+    task_ids: tuple[int, ...] = (0,)
     frames_per_s = SPEC.control_hz
 
     def __init__(self, name: str, stage: Stage, *, num_envs: int, num_executed: int, step_s: float):
@@ -304,6 +305,7 @@ def _chunk_result(observation: Observation, num_executed: int) -> ChunkResult:
         episode_steps=_zeros(np.int32, rows),
         task=_zeros(np.int32, rows),
         invalid=_zeros(np.bool_, rows),
+        contact_overflow=_zeros(np.int32, rows),
     )
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,20 @@ class SegmentInfo:
     """Chunk queries, one per env and chunk step."""
     num_invalid: int
     """Samples lost to non-finite worlds or dead simulators."""
+
+
+class SegmentCounts(NamedTuple):
+    """What a segment cost, and what went wrong in it."""
+
+    env_steps: int
+    """Control steps."""
+    useful_env_steps: int
+    """Those in samples that are trained on."""
+    queries: int
+    """Chunk queries."""
+    invalid_samples: int
+    contact_overflow: int
+    """Contacts that exceeded the physics' fixed buffers."""
 
 
 @dataclass(kw_only=True)
@@ -137,14 +151,15 @@ class SegmentAssembler:
             length=results.episode_steps[ended],
         )
 
-    def counts(self) -> tuple[int, int, int, int]:
-        """(control steps, those in valid samples, chunk queries, invalid samples)."""
+    def counts(self) -> SegmentCounts:
+        """What the segment cost and what went wrong in it."""
         results = jax.tree.map(lambda *x: np.stack(x), *self._results)
-        return (
-            int(results.num_steps.sum()),
-            int(results.num_steps[~results.invalid].sum()),
-            results.invalid.size,
-            int(results.invalid.sum()),
+        return SegmentCounts(
+            env_steps=int(results.num_steps.sum()),
+            useful_env_steps=int(results.num_steps[~results.invalid].sum()),
+            queries=results.invalid.size,
+            invalid_samples=int(results.invalid.sum()),
+            contact_overflow=int(results.contact_overflow.sum()),
         )
 
 

@@ -1,6 +1,6 @@
 """What a device env can teach by itself: demonstrations of its expert, and labelled scenes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import flax.struct
 import jax
@@ -121,29 +121,40 @@ class Demonstrator:
           num_batches: batches to yield.
           key: typed key.
         """
-        tasks = (np.arange(batch_size) % len(self._env.spec.tasks)).astype(np.int32)
+        tasks = self._tasks(0, batch_size)
         for batch in range(num_batches):
             keys = jax.random.split(rng.stream(key, "scene", batch), batch_size)
             yield self._label(self._scene(keys, tasks))
 
-    def collect(self, num_episodes: int, key: jax.Array) -> SupervisedBatch:
+    def collect(
+        self,
+        num_episodes: int,
+        key: jax.Array,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> SupervisedBatch | None:
         """Runs at least `num_episodes` episodes, evenly over the tasks.
 
         Args:
           num_episodes: rounded up to whole batches of `num_envs`.
           key: typed key.
+          should_stop: polled before each batch of episodes.
 
         Returns:
           One sample per control step until the task is solved or the time is up: numpy arrays
-          [N, ...], ordered by batch, then by time, then by env.
+          [N, ...], ordered by batch, then by time, then by env. None when asked to stop.
         """
-        num_tasks = len(self._env.spec.tasks)
         parts = []
         for batch in range(-(-num_episodes // self._num_envs)):
-            first = batch * self._num_envs
-            tasks = np.arange(first, first + self._num_envs) % num_tasks
-            parts += self._run(rng.stream(key, "demonstration", batch), tasks.astype(np.int32))
+            if should_stop():
+                return None
+            tasks = self._tasks(batch * self._num_envs, self._num_envs)
+            parts += self._run(rng.stream(key, "demonstration", batch), tasks)
         return concatenate(parts)
+
+    def _tasks(self, first: int, count: int) -> np.ndarray:
+        """Tasks of episodes `first` to `first + count`, in turn, int32."""
+        ids = np.asarray(self._env.task_ids, np.int32)
+        return ids[np.arange(first, first + count) % len(ids)]
 
     def _run(self, key: jax.Array, tasks: np.ndarray) -> list[SupervisedBatch]:
         """Samples of one batch of episodes."""

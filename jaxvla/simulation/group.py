@@ -34,6 +34,8 @@ class EnvGroup(Protocol):
 
     name: str
     spec: EnvSpec
+    task_ids: tuple[int, ...]
+    """Tasks of the spec that it can play."""
     num_envs: int
     frames_per_s: float
     """Rate of the pictures that `frames` gives."""
@@ -117,8 +119,8 @@ class DeviceStepper:
         def observe(worlds: Worlds) -> Observation:
             return table.complete(env.observe(worlds.env))
 
-        def start(keys: jax.Array, tasks: jax.Array) -> Worlds:
-            return unroll.start_worlds(env, keys, tasks)
+        def start(keys: jax.Array, tasks: jax.Array, seeds: jax.Array) -> Worlds:
+            return unroll.start_episodes(env, keys, tasks, seeds)
 
         def draw(keys: jax.Array) -> Worlds:
             return unroll.draw_worlds(env, keys)
@@ -131,7 +133,7 @@ class DeviceStepper:
         def split(key: jax.Array) -> jax.Array:
             return jax.random.split(key, num_envs)
 
-        self.start = jax.jit(sharded(start, 2), in_shardings=rows, out_shardings=rows)
+        self.start = jax.jit(sharded(start, 3), in_shardings=rows, out_shardings=rows)
         self.draw = jax.jit(lambda key: sharded(draw, 1)(split(key)), out_shardings=rows)
         self.observe = jax.jit(sharded(observe, 1), in_shardings=rows, out_shardings=rows)
         self.step = jax.jit(
@@ -155,7 +157,9 @@ class DeviceStepper:
         self.draw.lower(key).compile()
         self.observe.lower(worlds).compile()
         keys = jax.eval_shape(lambda: jax.random.split(key, self.num_envs))
-        self.start.lower(keys, jax.ShapeDtypeStruct((self.num_envs,), np.int32)).compile()
+        tasks = jax.ShapeDtypeStruct((self.num_envs,), np.int32)
+        seeds = jax.ShapeDtypeStruct((self.num_envs,), np.uint32)
+        self.start.lower(keys, tasks, seeds).compile()
 
 
 class DeviceEnvGroup:
@@ -165,6 +169,7 @@ class DeviceEnvGroup:
         """Args: the shared functions, a unique name, and the group's typed root key."""
         self.name = name
         self.spec = stepper.env.spec
+        self.task_ids = stepper.env.task_ids
         self.num_envs = stepper.num_envs
         self.frames_per_s = self.spec.control_hz
         self._stepper = stepper
@@ -180,9 +185,9 @@ class DeviceEnvGroup:
 
     def reset_to(self, tasks: np.ndarray, seeds: np.ndarray) -> Observation:
         """See EnvGroup.reset_to."""
-        key = rng.stream(self._key, "episode")
-        keys = jax.vmap(lambda seed: jax.random.fold_in(key, seed))(seeds.astype(np.uint32))
-        self._worlds = self._stepper.start(keys, tasks.astype(np.int32))
+        key, seeds = rng.stream(self._key, "episode"), seeds.astype(np.uint32)
+        keys = jax.vmap(lambda seed: jax.random.fold_in(key, seed))(seeds)
+        self._worlds = self._stepper.start(keys, tasks.astype(np.int32), seeds)
         return self._stepper.observe(self._worlds)
 
     def step_chunk(self, actions: np.ndarray, cursor: Cursor) -> ChunkResult:

@@ -53,6 +53,7 @@ class HostEnvGroup:
         """
         self.name = name
         self.spec = spec
+        self.task_ids = tuple(range(len(spec.tasks)))
         self.num_envs = num_envs
         self.frames_per_s = spec.control_hz / num_executed
         self._table = table
@@ -158,6 +159,7 @@ class HostEnvGroup:
             episode_steps=steps,
             task=self._task.copy(),
             invalid=invalid,
+            contact_overflow=np.zeros(self.num_envs, np.int32),  # C MuJoCo has no such limit
         )
 
     def _begin(self, env: int) -> None:

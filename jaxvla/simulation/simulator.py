@@ -222,7 +222,7 @@ class Simulator:
         self, lane: _Lane, ticket: Ticket, assembler: SegmentAssembler, values: list[np.ndarray]
     ) -> None:
         trajectory = assembler.finish(values)
-        num_env_steps, num_useful, num_queries, num_invalid = assembler.counts()
+        counts = assembler.counts()
         oldest, newest = assembler.versions()
         lane.segment += 1
         info = SegmentInfo(
@@ -230,12 +230,13 @@ class Simulator:
             next_segment=lane.segment,
             end_state=lane.group.state(),
             episodes=assembler.episodes(),
-            num_env_steps=num_env_steps,
-            num_useful_env_steps=num_useful,
-            num_queries=num_queries,
-            num_invalid=num_invalid,
+            num_env_steps=counts.env_steps,
+            num_useful_env_steps=counts.useful_env_steps,
+            num_queries=counts.queries,
+            num_invalid=counts.invalid_samples,
         )
-        self._recorder.add("faults/invalid_samples", num_invalid, Total)
+        self._recorder.add("faults/invalid_samples", counts.invalid_samples, Total)
+        self._recorder.add("faults/contact_overflow", counts.contact_overflow, Total)
         self._queue.put(
             ticket,
             trajectory,

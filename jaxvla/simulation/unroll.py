@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxvla.envs.base import DeviceEnv, EnvState
+from jaxvla.envs.base import DeviceEnv, EnvState, FixedStartsEnv
 from jaxvla.types import ChunkResult, EnvObservation, Observation, stand_in
 
 
@@ -49,12 +49,24 @@ def start_worlds(env: DeviceEnv, keys: jax.Array, tasks: jax.Array) -> Worlds:
     return Worlds(env=jax.vmap(env.reset)(keys, tasks), episode_return=jnp.zeros(len(tasks)))
 
 
+def start_episodes(env: DeviceEnv, keys: jax.Array, tasks: jax.Array, seeds: jax.Array) -> Worlds:
+    """Episode `seeds[e]` (uint32 [E]) of task `tasks[e]` (int32 [E]), for evaluation.
+
+    Where the benchmark does not number its episodes, they are what typed keys [E] make them.
+    """
+    if not isinstance(env, FixedStartsEnv):
+        return start_worlds(env, keys, tasks)
+    return Worlds(
+        env=jax.vmap(env.reset_to)(keys, tasks, seeds), episode_return=jnp.zeros(len(tasks))
+    )
+
+
 def draw_worlds(env: DeviceEnv, keys: jax.Array) -> Worlds:
     """Fresh episodes of tasks drawn uniformly, one per typed key [E]."""
     pairs = jax.vmap(jax.random.split)(keys)
-    num_tasks = len(env.spec.tasks)
-    tasks = jax.vmap(lambda key: jax.random.randint(key, (), 0, num_tasks))(pairs[:, 0])
-    return start_worlds(env, pairs[:, 1], tasks)
+    num_tasks = len(env.task_ids)
+    drawn = jax.vmap(lambda key: jax.random.randint(key, (), 0, num_tasks))(pairs[:, 0])
+    return start_worlds(env, pairs[:, 1], jnp.asarray(env.task_ids)[drawn])
 
 
 def run_chunk(
@@ -83,7 +95,7 @@ def run_chunk(
       The worlds to continue from, what happened, and the state after every control step
       (leading axes [E, n]; for videos).
     """
-    before = worlds.env.num_steps
+    before = worlds.env
     env_states, reward, path = jax.vmap(lambda state, chunk: _run_steps(env, state, chunk))(
         worlds.env, actions
     )
@@ -105,11 +117,12 @@ def run_chunk(
         terminated=terminated,
         truncated=truncated,
         success=env_states.success & ~invalid,
-        num_steps=env_states.num_steps - before,
+        num_steps=env_states.num_steps - before.num_steps,
         episode_return=episode_return,
         episode_steps=env_states.num_steps,
         task=env_states.task,
         invalid=invalid,
+        contact_overflow=env_states.contact_overflow - before.contact_overflow,
     )
     return worlds, result, path
 

@@ -1,21 +1,21 @@
 """What every registered env promises, whatever it simulates."""
 
-import ctypes.util
 import functools
-import importlib.util
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import compiled_libero
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from libero_marks import needs_libero
 
 from jaxvla.config import EnvConfig
 from jaxvla.envs import ENVS
-from jaxvla.envs.base import DeviceEnv, EnvState, GroundedEnv
+from jaxvla.envs.base import DeviceEnv, EnvState, GroundedEnv, device_scenes
 from jaxvla.simulation.unroll import TokenTable, Worlds, run_chunk, start_worlds
 from jaxvla.types import ChunkResult, EnvSpec
 
@@ -23,28 +23,31 @@ E = 4
 NUM_STEPS = 2
 """Control steps per chunk."""
 
-_LIBERO_REASON = (
-    "LIBERO is not installed (pip install 'jaxvla[libero]')"
-    if importlib.util.find_spec("libero") is None
-    else "OSMesa is not installed (apt-get install libosmesa6)"
-    if ctypes.util.find_library("OSMesa") is None
-    else ""
-)
 MARKS = {
-    "libero_host": [
-        pytest.mark.libero,
-        pytest.mark.skipif(bool(_LIBERO_REASON), reason=_LIBERO_REASON),
-    ]
+    "libero_host": [pytest.mark.libero, needs_libero],
+    "libero_mjx": compiled_libero.MARKS,
 }
 """Env -> marks of its tests; an env without an entry runs wherever the tests do."""
 
 
+def settings(name: str) -> dict[str, Any]:
+    """What an env cannot do with by default; the rest of its config is."""
+    if name != "libero_mjx":
+        return {}
+    return {
+        "task_ids": (0, 1),
+        "task_dir": compiled_libero.task_dir("libero_spatial", 0, 1),
+        "image_size": 64,
+        "physics": "mujoco",
+    }
+
+
 def make_env(name: str) -> Any:
-    """The env with its default settings, which its constructor's annotation names."""
+    """The env with nearly default settings, which its constructor's annotation names."""
     env_class = ENVS.get(name)
     config_class = typing.get_type_hints(env_class.__init__)["config"]
     assert issubclass(config_class, EnvConfig)
-    config = config_class()
+    config = config_class(**settings(name))
     assert config.name == name
     config.validate()
     return env_class(config)
@@ -73,7 +76,11 @@ def test_spec_is_consistent(env: Any) -> None:
 
 
 def test_env_is_of_one_of_two_kinds(env: Any) -> None:
-    if isinstance(env, DeviceEnv):
+    scenes = device_scenes(env)
+    if scenes:
+        played = [task for scene in scenes for task in scene.task_ids]
+        assert sorted(played) == list(range(len(env.spec.tasks)))
+        assert all(scene.spec == env.spec and scene.config == env.config for scene in scenes)
         return
     assert callable(env.make_pool)
     worker, spec = env.worker_spec(), env.spec
@@ -99,7 +106,7 @@ class Compiled:
 
     def worlds(self, seed: int = 0) -> Worlds:
         """Fresh episodes, of all tasks in turn."""
-        tasks = jnp.arange(E, dtype=jnp.int32) % len(self.env.spec.tasks)
+        tasks = jnp.asarray(self.env.task_ids, jnp.int32)[np.arange(E) % len(self.env.task_ids)]
         return self.start(jax.random.split(jax.random.key(seed), E), tasks)
 
     def actions(self, seed: int = 0) -> np.ndarray:
@@ -116,9 +123,11 @@ class Compiled:
 
 @pytest.fixture(scope="module")
 def compiled(env: Any) -> Compiled:
-    """A device env, compiled; host envs are tested with their processes elsewhere."""
-    if not isinstance(env, DeviceEnv):
+    """A device env, or a scene of one, compiled; host envs are tested with their processes
+    elsewhere."""
+    if not device_scenes(env):
         pytest.skip("not a device env")
+    env = device_scenes(env)[0]
     num = len(env.spec.instructions)
     table = TokenTable(
         tokens=np.arange(num, dtype=np.int32)[:, None], mask=np.ones((num, 1), bool)
@@ -149,14 +158,15 @@ def assert_close(actual: Any, expected: Any) -> None:
 def test_episodes_start_with_cleared_flags(compiled: Compiled) -> None:
     worlds = compiled.worlds()
     state = worlds.env
-    num_tasks = len(compiled.env.spec.tasks)
-    np.testing.assert_array_equal(state.task, np.arange(E) % num_tasks)
+    ids = np.asarray(compiled.env.task_ids)
+    np.testing.assert_array_equal(state.task, ids[np.arange(E) % len(ids)])
     for name, dtype in (
         ("num_steps", jnp.int32),
         ("reward", jnp.float32),
         ("terminated", bool),
         ("truncated", bool),
         ("success", bool),
+        ("contact_overflow", jnp.int32),
     ):
         leaf = getattr(state, name)
         assert leaf.shape == (E,) and leaf.dtype == dtype, name

@@ -281,7 +281,8 @@ def test_close_leaves_nothing(make_pool: PoolFactory):
     assert set(os.listdir("/dev/shm")) == shared_before
     make_pool.close()
     del pool  # the rows stay readable until the last view is gone
-    assert set(os.listdir("/proc/self/fd")) == descriptors_before
+    # Others may close theirs meanwhile.
+    assert set(os.listdir("/proc/self/fd")) <= descriptors_before
 
 
 def test_close_wakes_a_blocked_collect(make_pool: PoolFactory):

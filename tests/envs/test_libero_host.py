@@ -4,8 +4,6 @@ Simulations are built in other processes: the choice of an OpenGL backend lasts 
 process. One probe process serves most tests here.
 """
 
-import ctypes.util
-import importlib.util
 import json
 import os
 import pathlib
@@ -17,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from libero_marks import needs_libero
 from scipy.spatial.transform import Rotation
 
 from jaxvla.config import ConfigError
@@ -29,15 +28,6 @@ from jaxvla.envs.libero_host import (
     axis_angle,
     state_vector,
 )
-
-REASON = (
-    "LIBERO is not installed (pip install 'jaxvla[libero]')"
-    if importlib.util.find_spec("libero") is None
-    else "OSMesa is not installed (apt-get install libosmesa6)"
-    if ctypes.util.find_library("OSMesa") is None
-    else ""
-)
-needs_libero = pytest.mark.skipif(bool(REASON), reason=REASON)
 
 
 @pytest.fixture(scope="module")

@@ -66,8 +66,9 @@ class FakeSampler:
 class Group(DeviceEnvGroup):
     """Notes what the evaluator does with it."""
 
-    def __init__(self, num_envs: int):
+    def __init__(self, num_envs: int, task_ids: tuple[int, ...] = CounterEnv.task_ids):
         super().__init__(make_stepper(num_envs), name="evaluation", key=KEY)
+        self.task_ids = task_ids
         self.num_closed = 0
         self.shown: list[list[int]] = []
         """Rows asked of `frames`."""
@@ -111,7 +112,7 @@ class Run:
         self.evaluator = Evaluator(
             config=self.config,
             sampler=self.sampler,
-            make_group=self._make_group,
+            make_groups=lambda: [self._make_group()],
             should_stop=should_stop,
         )
 
@@ -331,3 +332,13 @@ def test_the_group_is_closed_at_the_end_and_on_failure() -> None:
     done = Run(walk)
     done.evaluate()
     assert [group.num_closed for group in run.groups + done.groups] == [1, 1]
+
+
+def test_groups_share_the_episodes_by_their_tasks() -> None:
+    """Each plays its own; the result is that of one group that plays them all."""
+    whole = Run(lucky, num_envs=2, num_episodes=7)
+    split = Run(lucky, num_envs=2, num_episodes=7)
+    parts = [Group(2, task_ids=(1,)), Group(2, task_ids=(0,))]
+    split.evaluator._make_groups = lambda: iter(parts)
+    assert split.evaluate() == whole.evaluate()
+    assert [group.num_closed for group in parts] == [1, 1]

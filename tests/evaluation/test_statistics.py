@@ -8,7 +8,7 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxvla.evaluation.statistics import SuccessRate, summarise, wilson_interval
+from jaxvla.evaluation.statistics import SuccessRate, summarise, table, wilson_interval
 from jaxvla.telemetry.metrics import check_name
 
 
@@ -76,11 +76,23 @@ def test_record_has_contract_names():
 
 
 def test_table_lines_up():
-    lines = result().table()
-    assert len(lines) == 1 + len(TASKS) + 1
-    assert lines[2] == "push                        4    0.750  [0.301, 0.954]"
+    lines = table({"tabletop": result()})
+    assert len(lines) == 2 + len(TASKS) + 1
+    row = next(line for line in lines if line.startswith("push"))
+    assert row.split() == ["push", "4", "0.750", "[0.301,", "0.954]"]
     assert lines[-1].startswith("all tasks") and "0.714" in lines[-1]
-    assert len({line.index("[") for line in lines[1:]}) == 1
+    assert len({line.rstrip().rindex("]") for line in lines[2:] if "]" in line}) == 1
+
+
+def test_a_table_shows_two_envs_side_by_side():
+    other = summarise(
+        tasks=TASKS, task_ids=np.asarray([0, 0, 1]), successes=np.asarray([True, True, False])
+    )
+    lines = table({"libero_mjx": result(), "libero_host": other})
+    assert lines[0].split() == ["task", "libero_mjx", "libero_host"]
+    row = next(line for line in lines if line.startswith("push"))
+    assert row.split()[1:3] == ["4", "0.750"] and row.split()[5:7] == ["1", "0.000"]
+    assert "0.714" in lines[-1] and "0.667" in lines[-1]
 
 
 @pytest.mark.parametrize(

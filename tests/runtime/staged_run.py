@@ -118,6 +118,7 @@ class StagedGroup:
             episode_steps=count,
             task=0 * count,
             invalid=off,
+            contact_overflow=0 * count,
         )
 
     def state(self) -> Any:

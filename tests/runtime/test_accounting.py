@@ -113,7 +113,8 @@ def num_overlaps(run: Run) -> int:
 def test_overlap_shows_in_the_trace(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second trajectory's first step does not end before the first update has begun."""
+    """The second trajectory's first step does not end before the first update has begun, which does
+    not end before that step has begun."""
     run = Run(
         tmp_path,
         make_blueprint(
@@ -123,16 +124,18 @@ def test_overlap_shows_in_the_trace(
             evaluation=NO_EVALUATION,
         ),
     )
-    has_begun = threading.Event()
+    is_stepping, has_begun = threading.Event(), threading.Event()
     functions: Any = run.controller._training.functions
     place, step_chunk = functions.place, DeviceEnvGroup.step_chunk
 
     def noted_place(trajectory: Any) -> Any:
         has_begun.set()
+        assert is_stepping.wait(TIMEOUT_S)
         return place(trajectory)
 
     def held_step(self: DeviceEnvGroup, actions: Any, cursor: Any) -> Any:
         if cursor.segment == 1:
+            is_stepping.set()
             assert has_begun.wait(TIMEOUT_S)
         return step_chunk(self, actions, cursor)
 

@@ -1,6 +1,7 @@
 """What the evaluate job reads of a checkpoint: the parameters, whatever else the run had."""
 
 import copy
+import dataclasses
 import functools
 import pathlib
 from typing import Any
@@ -11,10 +12,11 @@ import pytest
 
 from jaxvla import main
 from jaxvla.checkpoint import CheckpointMismatchError
-from jaxvla.config import ExperimentConfig
+from jaxvla.config import ConfigError, ExperimentConfig
+from jaxvla.envs.tabletop import TabletopConfig
 from jaxvla.runtime import jobs
 from jaxvla.runtime.build import Parts, draw_blueprint
-from jaxvla.runtime.evaluate import restore_evaluated
+from jaxvla.runtime.evaluate import draw_judge, restore_evaluated
 from jaxvla.runtime.groups import Groups
 from jaxvla.telemetry.metrics import MetricRecorder
 from jaxvla.types import Params
@@ -102,3 +104,26 @@ def test_parameters_of_another_model_are_refused(saved: tuple[pathlib.Path, Para
 
 def test_a_work_directory_without_a_checkpoint(tmp_path: pathlib.Path) -> None:
     assert restore_evaluated(_parts(), tmp_path) is None
+
+
+# --------------------------------------------------------------------------- the judge
+
+
+def test_an_env_without_a_judge_says_so() -> None:
+    with pytest.raises(ConfigError, match="has no judge"):
+        draw_judge(_parts().blueprint)
+
+
+def test_the_judge_evaluates_the_same_policy_in_its_own_env(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def judge(config: TabletopConfig) -> TabletopConfig:
+        return dataclasses.replace(config, tasks=config.tasks[:2])
+
+    monkeypatch.setattr(TabletopConfig, "judge", judge)
+    blueprint = _parts(evaluation__num_judge_envs=3).blueprint
+    judging = draw_judge(blueprint)
+    assert judging.config.simulation.envs_per_group == 3
+    assert judging.spec.tasks == blueprint.spec.tasks[:2]
+    assert blueprint.config.simulation.envs_per_group == 8
+    chex.assert_trees_all_equal_shapes(judging.params_struct(), blueprint.params_struct())

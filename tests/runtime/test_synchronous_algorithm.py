@@ -35,7 +35,7 @@ class PlainAlgorithm:
         self.sampler = parts.sampler
         self.sampler.compile(blueprint.params_struct(), blueprint.observation_struct(1))
         groups = Groups(parts, log_dir=log_dir, recorder=MetricRecorder())
-        groups.stepper.compile()
+        groups.steppers[0].compile()
         self.groups = groups.training()
         self.observations = [group.reset(Cursor()) for group in self.groups]
         simulator = rng.stream(parts.root, "simulator", 0)

@@ -26,6 +26,7 @@ class CounterEnv:
     """Implements DeviceEnv. Pictures hold the step count, the state vector all the rest."""
 
     config = EnvConfig(name="counter")
+    task_ids = (0, 1)
     spec = EnvSpec(
         cameras=("eye",),
         image_size=2,
@@ -51,6 +52,7 @@ class CounterEnv:
             terminated=off,
             truncated=off,
             success=off,
+            contact_overflow=jnp.zeros((), jnp.int32),
         )
 
     def step(self, state: CounterState, action: jax.Array) -> CounterState:

@@ -84,6 +84,7 @@ def result_of(chunk: int, outcome: np.ndarray) -> Any:
         episode_steps=number + 3,
         task=number // 2 % NUM_TASKS,
         invalid=outcome == INVALID,
+        contact_overflow=number % 3,
     )
 
 

@@ -159,9 +159,11 @@ def test_books_of_a_segment(segment: tuple[np.ndarray, list[int]]) -> None:
     outcome, versions = segment
     assembler = fill(outcome, versions)
     episodes, expected, num_steps, num_useful = assembler.episodes(), [], 0, 0
+    overflow = 0
     for t, row in enumerate(outcome):
         result = result_of(t, row)
         num_steps += int(result.num_steps.sum())
+        overflow += int(result.contact_overflow.sum())
         num_useful += sum(n for n, x in zip(result.num_steps, row, strict=True) if x != INVALID)
         expected += [
             (result.task[e], result.success[e], result.episode_return[e], result.episode_steps[e])
@@ -170,7 +172,8 @@ def test_books_of_a_segment(segment: tuple[np.ndarray, list[int]]) -> None:
         ]
     columns = (episodes.task, episodes.success, episodes.return_, episodes.length)
     assert list(zip(*(x.tolist() for x in columns), strict=True)) == expected
-    assert assembler.counts() == (num_steps, num_useful, outcome.size, (outcome == INVALID).sum())
+    num_invalid = (outcome == INVALID).sum()
+    assert assembler.counts() == (num_steps, num_useful, outcome.size, num_invalid, overflow)
     assert assembler.versions() == (min(versions), max(versions))
 
 

@@ -104,6 +104,11 @@ def test_a_label_is_the_chunk_that_follows(horizon: int) -> None:
         assert expected.max() > 1.0  # there was something to clip
 
 
+def test_collecting_stops_between_batches_of_episodes() -> None:
+    polls = iter([False, True])
+    assert demonstrator().collect(10_000, jax.random.key(0), lambda: next(polls)) is None
+
+
 def test_samples_are_complete_and_on_the_host() -> None:
     samples = collect(4)
     N = num_samples(samples)

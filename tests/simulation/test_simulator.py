@@ -91,7 +91,9 @@ def test_the_record_that_travels_with_a_trajectory() -> None:
     ended = numbers(1, E)
     np.testing.assert_array_equal(first.episodes.length, ended + 3)
     np.testing.assert_array_equal(first.episodes.success, [True, False])
-    assert made.recorder.totals() == {"faults/invalid_samples": 4}
+    overflow = sum(int((numbers(chunk, E) % 3).sum()) for chunk in range(2 * T))
+    faults = {"faults/invalid_samples": 4, "faults/contact_overflow": overflow}
+    assert made.recorder.totals() == faults
 
 
 def test_ends_of_episodes_get_their_values() -> None:

@@ -12,7 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxvla.envs.base import DeviceEnv, EnvState
-from jaxvla.simulation.unroll import TokenTable, Worlds, draw_worlds, run_chunk, start_worlds
+from jaxvla.simulation.unroll import (
+    TokenTable,
+    Worlds,
+    draw_worlds,
+    run_chunk,
+    start_episodes,
+    start_worlds,
+)
 from jaxvla.types import ChunkResult
 
 ENV = CounterEnv()
@@ -201,3 +208,37 @@ def test_every_row_is_what_a_loop_gives(batch: list[tuple[int, Events]]) -> None
         names = ("reward", "num_steps", "terminated", "truncated", "success", "invalid")
         actual = tuple(np.asarray(getattr(result, name))[row].item() for name in names)
         assert actual == reference(task, events)
+
+
+# ------------------------------------------------------------------- which episodes begin
+
+
+class NumberedEnv(CounterEnv):
+    """Its second task's episodes have numbers, which are their identities. Plays that task only."""
+
+    task_ids = (LONG,)
+
+    def reset_to(self, key: jax.Array, task: jax.Array, seed: jax.Array) -> EnvState:
+        return self.reset(key, task).replace(identity=seed.astype(jnp.float32))
+
+
+def test_drawn_tasks_are_those_that_the_env_plays() -> None:
+    keys = jax.random.split(jax.random.key(0), 16)
+    np.testing.assert_array_equal(draw_worlds(NumberedEnv(), keys).env.task, LONG)
+    assert set(np.asarray(draw_worlds(ENV, keys).env.task).tolist()) == {SHORT, LONG}
+
+
+def test_numbered_episodes_are_asked_for_by_their_number() -> None:
+    keys = jax.random.split(jax.random.key(0), 3)
+    tasks, seeds = jnp.full(3, LONG, jnp.int32), jnp.asarray([4, 9, 4], jnp.uint32)
+    worlds = start_episodes(NumberedEnv(), keys, tasks, seeds)
+    np.testing.assert_array_equal(identities(worlds), [4, 9, 4])
+    np.testing.assert_array_equal(worlds.env.task, LONG)
+    np.testing.assert_array_equal(worlds.episode_return, 0.0)
+
+
+def test_other_episodes_are_what_their_keys_make_them() -> None:
+    keys = jax.random.split(jax.random.key(0), 2)
+    tasks, seeds = jnp.asarray([SHORT, LONG], jnp.int32), jnp.asarray([7, 7], jnp.uint32)
+    asked, drawn = start_episodes(ENV, keys, tasks, seeds), start_worlds(ENV, keys, tasks)
+    np.testing.assert_array_equal(identities(asked), identities(drawn))

@@ -77,10 +77,11 @@ def test_device_envs_count_what_a_loop_executes() -> None:
     weights = {WALK: 0.7, SUCCEED: 0.1, FAIL: 0.1, EXPLODE: 0.1}
     kinds = random.choice(list(weights), p=list(weights.values()), size=(NUM_CHUNKS, 4, 3))
     assembler = experience(device_group(num_envs=4, num_executed=3), kinds)
-    num_env_steps, num_useful, num_queries, num_invalid = assembler.counts()
-    assert (num_env_steps, num_useful) == counted(assembler, kinds)
-    assert num_useful < num_env_steps < kinds.size  # the script has ends and explosions
-    assert num_queries == NUM_CHUNKS * 4 and num_invalid > 0
+    counts = assembler.counts()
+    assert counts[:2] == counted(assembler, kinds)
+    # The script has ends and explosions.
+    assert counts.useful_env_steps < counts.env_steps < kinds.size
+    assert counts.queries == NUM_CHUNKS * 4 and counts.invalid_samples > 0
 
 
 def test_a_device_env_stands_still_after_success() -> None:
@@ -120,7 +121,7 @@ def test_host_envs_count_what_they_execute(make: GroupFactory) -> None:
             age += num_steps
             expected += num_steps
             age = 0 if kind == fake.SUCCEED or age == limit else age
-    assert assembler.counts() == (expected, expected, 9, 0)
+    assert assembler.counts() == (expected, expected, 9, 0, 0)
     lengths = int(assembler.episodes().length.sum())
     assert lengths <= expected  # what is missing are the episodes that still run
 
@@ -129,6 +130,6 @@ def test_steps_of_a_dead_host_env_are_not_useful(make: GroupFactory) -> None:
     kinds = np.full((2, 2, HORIZON), fake.STEP)
     kinds[1, 0] = fake.EXIT
     made = make(2, first_env=1)
-    num_env_steps, num_useful, _, num_invalid = experience(made.group, kinds).counts()
-    assert num_invalid == 1
-    assert num_env_steps == num_useful == 3 * EXECUTED  # what the dead one did is not known
+    counts = experience(made.group, kinds).counts()
+    assert counts.invalid_samples == 1
+    assert counts[:2] == (3 * EXECUTED,) * 2  # what the dead one did is not known

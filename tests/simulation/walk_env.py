@@ -41,6 +41,7 @@ class WalkEnv:
     """
 
     config = EnvConfig(name="walk")
+    task_ids = (0, 1)
     spec = EnvSpec(
         cameras=("eye",),
         image_size=IMAGE_SIZE,
@@ -68,6 +69,7 @@ class WalkEnv:
             terminated=off,
             truncated=off,
             success=off,
+            contact_overflow=jnp.zeros((), jnp.int32),
         )
 
     def step(self, state: Any, action: jax.Array) -> Any:

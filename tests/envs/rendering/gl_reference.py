@@ -10,6 +10,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mujoco
@@ -72,10 +73,29 @@ def render_all(scenes: list[Scene], folder: pathlib.Path) -> list[dict[str, np.n
 def render(scene: Scene) -> dict[str, np.ndarray]:
     """Images of one scene; see `render_all`."""
     model, data = scene.load()
+    return render_views(model, data, scene.cameras, scene.size, mujoco.MjvOption())
+
+
+def render_views(
+    model: mujoco.MjModel,
+    data: mujoco.MjData,
+    cameras: Sequence[str],
+    size: int,
+    option: mujoco.MjvOption,
+) -> dict[str, np.ndarray]:
+    """Images of one world as `render_all` returns them.
+
+    Args:
+      model: what is seen.
+      data: the world, after mj_forward.
+      cameras: names of the cameras.
+      size: pixels per side.
+      option: which groups of geoms and sites are seen.
+    """
     images: dict[str, list[np.ndarray]] = {"rgb": [], "depth": [], "segmentation": []}
-    with mujoco.Renderer(model, scene.size, scene.size) as renderer:
-        for camera in scene.cameras:
-            renderer.update_scene(data, camera)
+    with mujoco.Renderer(model, size, size) as renderer:
+        for camera in cameras:
+            renderer.update_scene(data, camera, option)
             images["rgb"].append(renderer.render())
             renderer.enable_depth_rendering()
             images["depth"].append(renderer.render())
