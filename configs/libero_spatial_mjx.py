@@ -7,7 +7,8 @@ Before it, once, and after it, in LIBERO itself:
 Command:   python -m jaxvla.main --config=configs/libero_spatial_mjx.py
 Hardware:  2 CPU cores, the `libero` extra for the first and the last command. With a GPU or
            TPU: --config.env.physics=mjx and more envs per group
-Time:      1 hour of warm start and 1 hour of RL on two busy cores; stopped after 20 updates
+Time:      1 hour of warm start, then about a minute per update, on two busy cores; stopped
+           after 20 updates
 Result:    success 0.12 after the warm start, 0.31 after 20 updates, 0.28 in LIBERO itself, see
            docs/libero_mjx.md
 """

@@ -9,8 +9,9 @@ differ in staleness and correction alone. Staleness S is `schedule.max_staleness
 up to S versions old. Without that interval a simulator that is slower than the learner, as here,
 never gets more than one version behind. What it really was is in the table.
 
-A run that is finished is not made again: the script may be stopped, and asked for more later. It
-prints a table and writes `--json` and `--plot` from all finished runs in `--workdir`.
+A run that is finished, in `--workdir` or in `--json`, is not made again: the script may be stopped,
+and asked for more later, also with the published figures alone. It prints a table and writes
+`--json` and `--plot` from all finished runs.
 Two CPU cores need about three minutes for a run.
 """
 
@@ -34,6 +35,8 @@ _LAST = 6
 """Updates at the end whose training success is averaged."""
 Cell = tuple[str, int]
 """(correction, staleness)."""
+Runs = dict[tuple[str, int, int], dict[str, Any]]
+"""(correction, staleness, seed) -> figures."""
 
 
 def main() -> None:
@@ -49,12 +52,15 @@ def main() -> None:
     parser.add_argument("--json", type=pathlib.Path, default=_ROOT / "bench_staleness.json")
     parser.add_argument("--plot", type=pathlib.Path, default=_ROOT / "bench_staleness.svg")
     options = parser.parse_args()
+    known = published(options.json, options.num_updates)
     for seed in options.seeds:
         for staleness in options.staleness:
             for kind in options.kinds if staleness else ["none"]:  # at 0 all are plain PPO
-                run(options.workdir, seed, kind, staleness, options.num_updates)
+                if (kind, staleness, seed) not in known:
+                    run(options.workdir, seed, kind, staleness, options.num_updates)
+    known |= finished(options.workdir, options.num_updates)
     report = {"machine": machine(), "num_updates": options.num_updates}
-    report["runs"] = finished(options.workdir, options.num_updates)
+    report["runs"] = [known[key] for key in sorted(known)]
     options.json.write_text(json.dumps(report, indent=1) + "\n")
     cells = by_cell(report["runs"])
     show(cells)
@@ -133,15 +139,26 @@ def outcome(where: pathlib.Path, num_updates: int) -> dict[str, Any] | None:
     }
 
 
-def finished(workdir: pathlib.Path, num_updates: int) -> list[dict[str, Any]]:
-    """All runs that are there, in whatever order they were made."""
-    runs = []
+def published(path: pathlib.Path, num_updates: int) -> Runs:
+    """What an earlier report has, if it is of as many updates."""
+    if not path.exists():
+        return {}
+    report = json.loads(path.read_text())
+    if report["num_updates"] != num_updates:
+        raise SystemExit(f"{path} is of {report['num_updates']} updates: name another --json")
+    return {(one["kind"], one["staleness"], one["seed"]): one for one in report["runs"]}
+
+
+def finished(workdir: pathlib.Path, num_updates: int) -> Runs:
+    """All runs in the work directory that made all their updates."""
+    runs: Runs = {}
     for where in sorted(workdir.glob("*_seed_*/")):
         kind, _, rest = where.name.partition("_")
         figures = outcome(where, num_updates) if kind in CORRECTIONS else None
         if figures is not None:
-            staleness, _, seed = rest.split("_")
-            runs.append({"kind": kind, "staleness": int(staleness), "seed": int(seed)} | figures)
+            staleness, seed = int(rest.split("_")[0]), int(rest.split("_")[2])
+            key = {"kind": kind, "staleness": staleness, "seed": seed}
+            runs[kind, staleness, seed] = key | figures
     return runs
 
 

@@ -33,3 +33,25 @@ def _complete_environment() -> None:
 
 
 _complete_environment()
+
+import gc  # noqa: E402
+from collections.abc import Iterator  # noqa: E402
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+_MAX_MAPPINGS = 20_000
+_MAPPINGS = pathlib.Path("/proc/self/maps")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _bounded_memory_mappings() -> Iterator[None]:
+    """Drops compiled functions when there are too many for one process.
+
+    XLA's CPU backend maps memory three times for every kernel it compiles. Linux allows a process
+    65,530 mappings (vm.max_map_count); at the next one XLA dies of a segmentation fault.
+    """
+    yield
+    if _MAPPINGS.exists() and _MAPPINGS.read_bytes().count(b"\n") > _MAX_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()

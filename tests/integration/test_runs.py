@@ -112,6 +112,7 @@ def test_eight_devices_give_the_losses_of_one(
     for one, eight in zip(synchronous.records()[:4], sharded.records(), strict=True):
         for name in LOSSES:
             assert math.isclose(one[name], eight[name], rel_tol=0.0, abs_tol=1e-5), name
+        assert math.isclose(one["learner/grad_norm"], eight["learner/grad_norm"], rel_tol=1e-3)
 
 
 @pytest.mark.slow
