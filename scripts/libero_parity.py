@@ -19,7 +19,8 @@ Needs the libero extra and compiled tasks (--job=compile_tasks). One line per ta
             batch of 8, and contacts that did not fit; rad by which a joint of the arm was from
             where C MuJoCo had it in the first 8
 
-Tasks that are in --workdir already are not measured again.
+What --workdir has, and what --json has from an earlier time, is not measured again; --json has
+no recorded actions, so that replaying more of them means recording anew.
 """
 
 import argparse
@@ -75,45 +76,59 @@ def main() -> None:
     parser.add_argument("--json", type=pathlib.Path)
     options = parser.parse_args()
     options.workdir.mkdir(parents=True, exist_ok=True)
+    known = _published_rows(options.json)
     rows = []
     for suite in options.suites:
         for task_id in options.task_ids:
-            rows.append(_row(options, suite, task_id))
+            row = known.pop((suite, task_id), {})
+            rows.append(_row(options, suite, task_id, row))
             print(_line(rows[-1]), flush=True)
     _summarise(rows)
     if options.json:
+        rows = [*known.values(), *rows]
+        rows.sort(key=lambda row: (_SUITES.index(row["suite"]), row["task_id"]))
         options.json.write_text(json.dumps([_published(row) for row in rows], indent=1) + "\n")
+
+
+def _published_rows(path: pathlib.Path | None) -> dict[tuple[str, int], dict[str, Any]]:
+    """Rows of an earlier --json by suite and task."""
+    if path is None or not path.exists():
+        return {}
+    return {(row["suite"], row["task_id"]): row for row in json.loads(path.read_text())}
 
 
 def _published(row: dict[str, Any]) -> dict[str, Any]:
     """A row without the actions."""
     episodes = [
-        {"seed": one["seed"], "success": one["success"], "num_steps": len(one["actions"])}
-        for one in row["episodes"]
+        {name: one[name] for name in ("seed", "success", "num_steps")} for one in row["episodes"]
     ]
     return row | {"episodes": episodes}
 
 
-def _row(options: argparse.Namespace, suite: str, task_id: int) -> dict[str, Any]:
-    """All figures of a task, from its file in the work directory or measured now."""
+def _row(
+    options: argparse.Namespace, suite: str, task_id: int, row: dict[str, Any]
+) -> dict[str, Any]:
+    """All figures of a task: from its file in the work directory, from the published row, or
+    measured now."""
     path = options.workdir / f"{suite}_{task_id}.json"
-    row: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    task = LiberoTask.load(task_path(suite, task_id))
-    row |= {"suite": suite, "task_id": task_id, "name": task.name}
-    if "rest_mm" not in row:
+    if path.exists():
+        row |= json.loads(path.read_text())
+    replayed = ["mujoco", "pyramidal", *(["mjx"] if options.mjx_replay else [])]
+    to_replay = [physics for physics in replayed if physics not in row]
+    has_actions = all("actions" in one for one in row.get("episodes", [{}]))
+    if "rest_mm" not in row or (to_replay and not has_actions):
+        task = LiberoTask.load(task_path(suite, task_id))
+        row |= {"suite": suite, "task_id": task_id, "name": task.name}
         row |= _deviations(suite, task_id, task)
-    if "episodes" not in row:
         row |= _record(suite, task_id, task, options.episodes)
         path.write_text(json.dumps(row))
     family = functools.partial(_family, suite, tuple(options.task_ids))
-    for physics in ("mujoco", "pyramidal"):
-        if physics not in row:
-            row[physics] = _verdicts(family(physics), task_id, row["episodes"])
+    for physics in to_replay:
+        # In MJX as many as there are random worlds: the same compiled step.
+        count = _RANDOM_WORLDS if physics == "mjx" else None
+        row[physics] = _verdicts(family(physics), task_id, row["episodes"][:count])
     if options.mjx and "stepped" not in row:
         row["stepped"] = _random_steps(family("mjx"), family("pyramidal"), task_id)
-    if options.mjx_replay and "mjx" not in row:
-        # As many as there are random worlds: the same compiled step.
-        row["mjx"] = _verdicts(family("mjx"), task_id, row["episodes"][:_RANDOM_WORLDS])
     path.write_text(json.dumps(row))
     return row
 
@@ -167,7 +182,7 @@ def _episode(env: Any, act: Any, task: LiberoTask, seed: int) -> dict[str, Any]:
             action[6] = -1.0
         actions.append(action.tolist())
         success = bool(env.step(action.astype(np.float64))[2])
-    return {"seed": seed, "success": success, "actions": actions}
+    return {"seed": seed, "success": success, "num_steps": len(actions), "actions": actions}
 
 
 # --------------------------------------------------------------------------------- ours
