@@ -46,7 +46,8 @@ def main() -> None:
     found: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(options.workdir.glob("*.json")):
         row = json.loads(path.read_text())
-        episodes = [e for e in row["episodes"] if e["success"] and e["seed"] % 3 == 0]
+        recorded = [e for e in row["episodes"] if "actions" in e]
+        episodes = [e for e in recorded if e["success"] and e["seed"] % 3 == 0]
         if episodes:
             found.setdefault(row["suite"], []).extend(_task(row, episodes))
     for suite, episodes in found.items():
