@@ -8,6 +8,10 @@ suffix on top of them. One code path therefore serves training and sampling.
 
 Parameter names and layouts are those of openpi's `PaliGemma/llm` tree, layers stacked on
 axis 0, the action expert's names ending in `_1`. Sizes are read off the parameters.
+
+Low-rank adapters (LoRA, arXiv:2106.09685: y = x W + s x A B) are leaves beside the weights. As in
+openpi, s scales those of attention only, and the output projection sums the heads in both
+factors: its change is (sum over heads of x A) (sum over heads of B).
 """
 
 import functools
@@ -48,6 +52,8 @@ class ExpertSize:
     """Divides `num_heads`."""
     head_dim: int
     """Even."""
+    lora_rank: int = 0
+    """Rank of the adapters of all weights; 0: there are none."""
 
 
 def leaves(size: ExpertSize, expert: str, *, adaptive: bool) -> dict[str, Leaf]:
@@ -63,6 +69,8 @@ def leaves(size: ExpertSize, expert: str, *, adaptive: bool) -> dict[str, Leaf]:
     """
     norm = _norm_leaves(size.width, adaptive=adaptive)
     block = _block_leaves(size, expert)
+    if size.lora_rank:
+        block |= _adapter_leaves(block, size.lora_rank)
     for place in ("pre_attention_norm", "pre_ffw_norm"):
         block |= {f"{place}{expert}/{name}": leaf for name, leaf in norm.items()}
     table = {f"layers/{path}": leaf.stacked(size.depth) for path, leaf in block.items()}
@@ -111,6 +119,22 @@ def _block_leaves(size: ExpertSize, expert: str) -> dict[str, Leaf]:
     return table
 
 
+def _adapter_leaves(weights: dict[str, Leaf], rank: int) -> dict[str, Leaf]:
+    """A and B for every weight; B starts at zero, and with it the change."""
+    table = {}
+    for path, leaf in weights.items():
+        stem = path.removesuffix("w") if path.endswith("/w") else f"{path}_"
+        *stack, size_in, size_out = leaf.shape
+        *stack_axes, axis_in, axis_out = leaf.axes
+        table[f"{stem}lora_a"] = Leaf(
+            shape=(*stack, size_in, rank), axes=(*stack_axes, axis_in, None), std=fan_in(size_in)
+        )
+        table[f"{stem}lora_b"] = Leaf(
+            shape=(*stack, rank, size_out), axes=(*stack_axes, None, axis_out)
+        )
+    return table
+
+
 def _norm_leaves(width: int, *, adaptive: bool) -> dict[str, Leaf]:
     """One norm. An adaptive one starts near a plain norm with an open gate.
 
@@ -145,6 +169,7 @@ def forward(
     *,
     cache: tuple[jax.Array, jax.Array] | None = None,
     condition: jax.Array | None = None,
+    lora_scale: float = 1.0,
     remat: bool = False,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
     """Runs one expert over its tokens, with a cache on top of the other expert's.
@@ -157,13 +182,16 @@ def forward(
       mask: bool [B, T, S + T], S cached keys (0 without a cache), then the T own keys.
       cache: keys after rotation and values, each [L, B, S, K, head_dim].
       condition: [B, D_c] for adaptive norms; None for plain ones.
+      lora_scale: s, alpha / rank, see the module; without adapters it has no effect.
       remat: recompute layers in the backward pass.
 
     Returns:
       Output after the final norm [B, T, D], and without a cache the keys and values
       [L, B, T, K, head_dim] of these tokens (None when a cache was given).
     """
-    block = functools.partial(_block, positions=positions, mask=mask, condition=condition)
+    block = functools.partial(
+        _block, positions=positions, mask=mask, condition=condition, lora_scale=lora_scale
+    )
     layers = _layers_of(params, expert)
     x, new_cache = run_layers(block, x, (layers, cache), remat=remat)
     out, _ = _norm(params[f"final_norm{expert}"], x, condition)
@@ -174,7 +202,7 @@ def _layers_of(params: Params, expert: str) -> Params:
     """One expert's stacked leaves under names without the suffix."""
     layers = params["layers"]
     projections = {
-        name: layers["attn"][f"{name}{expert}"]["w"]
+        name: layers["attn"][f"{name}{expert}"]
         for name in ("q_einsum", "kv_einsum", "qkv_einsum", "attn_vec_einsum")
         if f"{name}{expert}" in layers["attn"]
     }
@@ -189,18 +217,18 @@ def _block(
     positions: jax.Array,
     mask: jax.Array,
     condition: jax.Array | None,
+    lora_scale: float,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
     """One layer: attention branch, then GeGLU branch."""
     layer, cached = per_layer
     y, gate = _norm(layer["pre_attention_norm"], x, condition)
-    q, k, v = _project(layer, y)
+    q, k, v = _project(layer, y, lora_scale)
     q, k = rotary(q, positions) * (q.shape[-1] ** -0.5), rotary(k, positions)
     own = (k, v)
     if cached is not None:
         k, v = (jnp.concatenate(pair, axis=1) for pair in zip(cached, own, strict=True))
     attended = attention(q, k, v, mask)
-    weight = layer["attn_vec_einsum"]
-    out = matmul(attended.reshape(*x.shape[:-1], -1), weight.reshape(-1, weight.shape[-1]))
+    out = _join_heads(layer["attn_vec_einsum"], attended, lora_scale)
     x = _add(x, out, gate)
     y, gate = _norm(layer["pre_ffw_norm"], x, condition)
     x = _add(x, _geglu(layer["mlp"], y), gate)
@@ -221,24 +249,55 @@ def _add(x: jax.Array, branch: jax.Array, gate: jax.Array | None) -> jax.Array:
     return x + branch if gate is None else x + gate * branch
 
 
-def _project(layer: Params, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _project(
+    layer: Params, x: jax.Array, lora_scale: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries [B, T, heads, head_dim], keys and values [B, T, K, head_dim], before rotation."""
+
+    def heads(name: str, *index: int) -> jax.Array:
+        return _split_heads({key: leaf[index] for key, leaf in layer[name].items()}, x, lora_scale)
+
     if "qkv_einsum" in layer:
-        q, k, v = (_heads(weight, x) for weight in layer["qkv_einsum"])
-        return q, k, v
-    keys, values = layer["kv_einsum"]
-    return _heads(layer["q_einsum"], x), _heads(keys, x), _heads(values, x)
+        return heads("qkv_einsum", 0), heads("qkv_einsum", 1), heads("qkv_einsum", 2)
+    return heads("q_einsum"), heads("kv_einsum", 0), heads("kv_einsum", 1)
 
 
-def _heads(weight: jax.Array, x: jax.Array) -> jax.Array:
+def _split_heads(params: Params, x: jax.Array, lora_scale: float) -> jax.Array:
+    """x [B, T, D] through weight [N, D, h]: [B, T, N, h]."""
+    y = _per_head(params["w"], x)
+    if "lora_a" not in params:
+        return y
+    low = _per_head(params["lora_a"], x)
+    return y + lora_scale * jnp.einsum("btnr,nrh->btnh", low, params["lora_b"].astype(x.dtype))
+
+
+def _per_head(weight: jax.Array, x: jax.Array) -> jax.Array:
     """x [B, T, D] through weight [N, D, h]: [B, T, N, h]."""
     heads, width, head_dim = weight.shape
     y = matmul(x, weight.transpose(1, 0, 2).reshape(width, heads * head_dim))
     return y.reshape(*x.shape[:-1], heads, head_dim)
 
 
+def _join_heads(params: Params, x: jax.Array, lora_scale: float) -> jax.Array:
+    """x [B, T, N, h] through weight [N, h, D]: [B, T, D]."""
+    x = x.reshape(*x.shape[:2], -1)
+    y = matmul(x, params["w"].reshape(-1, params["w"].shape[-1]))
+    if "lora_a" not in params:
+        return y
+    low = matmul(x, params["lora_a"].reshape(-1, params["lora_a"].shape[-1]))
+    return y + lora_scale * matmul(low, params["lora_b"].sum(axis=0))
+
+
 def _geglu(params: Params, x: jax.Array) -> jax.Array:
     """GeGLU (arXiv:2002.05202, eq. 6) with the tanh approximation of gelu."""
-    gate_weight, up_weight = params["gating_einsum"]
-    gate = jax.nn.gelu(matmul(x, gate_weight), approximate=True)
-    return matmul(gate * matmul(x, up_weight), params["linear"])
+    gate = jax.nn.gelu(_adapted(params, "gating_einsum", x, 0), approximate=True)
+    return _adapted(params, "linear", gate * _adapted(params, "gating_einsum", x, 1))
+
+
+def _adapted(params: Params, name: str, x: jax.Array, *index: int) -> jax.Array:
+    """x through a weight of the MLP and its adapter, if it has one; never scaled, as in openpi."""
+    y = matmul(x, params[name][index])
+    if f"{name}_lora_a" not in params:
+        return y
+    low = matmul(x, params[f"{name}_lora_a"][index])
+    return y + matmul(low, params[f"{name}_lora_b"][index])

@@ -222,7 +222,9 @@ class PiPolicy:
             dtype=jnp.dtype(self.config.dtype),
             remat=self.config.remat,
         )
-        return run_prefix(params, tokens, mask, remat=self.config.remat)
+        return run_prefix(
+            params, tokens, mask, lora_scale=self.config.lora_scale, remat=self.config.remat
+        )
 
     def sample(
         self, params: Params, prefix: Prefix, state: jax.Array, keys: jax.Array, explore: bool
@@ -286,7 +288,9 @@ class PiPolicy:
     ) -> jax.Array:
         """Velocity float32 [B, H, A] at x_t float32 [B, H, A] and time float32 [B]."""
         suffix = embed_suffix(params, self.config, state, x_t, time)
-        features = run_suffix(params, prefix, suffix, remat=self.config.remat)
+        features = run_suffix(
+            params, prefix, suffix, lora_scale=self.config.lora_scale, remat=self.config.remat
+        )
         actions = features[:, -x_t.shape[1] :].astype(jnp.float32)
         return dense(params["action_out_proj"], actions)
 
@@ -339,7 +343,9 @@ def embed_prefix(
     return jnp.concatenate([encoded, text], axis=1), mask
 
 
-def run_prefix(params: Params, tokens: jax.Array, mask: jax.Array, *, remat: bool) -> Prefix:
+def run_prefix(
+    params: Params, tokens: jax.Array, mask: jax.Array, *, lora_scale: float = 1.0, remat: bool
+) -> Prefix:
     """Language model over prefix tokens [B, S, D]; all valid ones see each other."""
     block = jnp.zeros(mask.shape[1], jnp.int32)
     features, cache = gemma.forward(
@@ -348,6 +354,7 @@ def run_prefix(params: Params, tokens: jax.Array, mask: jax.Array, *, remat: boo
         tokens,
         positions_of(mask),
         attention_mask(mask, block, mask, block),
+        lora_scale=lora_scale,
         remat=remat,
     )
     assert cache is not None  # forward returns one whenever none was given
@@ -395,7 +402,9 @@ def embed_suffix(
     return Suffix(tokens=tokens.astype(config.dtype), block=block, condition=condition)
 
 
-def run_suffix(params: Params, prefix: Prefix, suffix: Suffix, *, remat: bool) -> jax.Array:
+def run_suffix(
+    params: Params, prefix: Prefix, suffix: Suffix, *, lora_scale: float = 1.0, remat: bool
+) -> jax.Array:
     """Action expert on top of the prefix cache: features [B, T, D] in the compute dtype."""
     batch, num_tokens = suffix.tokens.shape[:2]
     valid = jnp.ones((batch, num_tokens), bool)
@@ -410,6 +419,7 @@ def run_suffix(params: Params, prefix: Prefix, suffix: Suffix, *, remat: bool) -
         attention_mask(valid, suffix.block, key_mask, key_block),
         cache=(prefix.keys, prefix.values),
         condition=suffix.condition,
+        lora_scale=lora_scale,
         remat=remat,
     )
     return features

@@ -65,6 +65,13 @@ class PiConfig(ModelConfig):
     "concat": it is mixed into the action tokens (pi0)."""
     state_input: str = "token"
     """"token": the state is a suffix token (pi0); "none": it is not an input (pi0.5)."""
+    vlm_lora_rank: int = 0
+    """Rank of low-rank adapters of the language model (LoRA); 0: none. They learn in the place of
+    the weights when `optimizer.trainable` leaves those out, as "lora_" does."""
+    expert_lora_rank: int = 0
+    """The same for the action expert."""
+    lora_scale: float = 1.0
+    """Factor of the adapters of attention, alpha / rank, > 0. openpi scales no others."""
     dtype: str = "float32"
     """Compute dtype of the transformers: "float32" or "bfloat16"."""
     remat: bool = False
@@ -136,6 +143,7 @@ class PiConfig(ModelConfig):
             require(self, name, getattr(self, name) in choices, f"known: {known}", "choose one")
         fits = self.grounding_coef >= 0.0
         require(self, "grounding_coef", fits, "must be >= 0", "set 0")
+        require(self, "lora_scale", self.lora_scale > 0.0, "must be > 0", "set 1.0")
         self._validate_exploration()
 
     def validate_resolved(self) -> None:
@@ -152,7 +160,8 @@ class PiConfig(ModelConfig):
     def _validate_positive(self) -> None:
         for field in dataclasses.fields(self):
             if field.type is int:
-                size, least = getattr(self, field.name), -1 if field.default == -1 else 1
+                size = getattr(self, field.name)
+                least = field.default if field.default in (-1, 0) else 1
                 fix = override(f"model.{field.name}", least)
                 require(self, field.name, size >= 1 or size == least, "must be >= 1", fix)
         possible = tuple(width for width in self.value_widths if 1 <= width < 2**31)
@@ -217,6 +226,7 @@ class PiConfig(ModelConfig):
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
+            lora_rank=self.vlm_lora_rank if is_language else self.expert_lora_rank,
         )
 
 

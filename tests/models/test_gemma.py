@@ -86,3 +86,54 @@ def test_token_vectors_are_scaled_rows() -> None:
     )
     assert out.dtype == jnp.bfloat16
     np.testing.assert_array_equal(out[0], 2.0 * table[jnp.array([2, 0])])
+
+
+@pytest.mark.parametrize("num_kv_heads", [2, 4])
+def test_adapters_act_like_changed_weights(quick_jit, x, num_kv_heads) -> None:
+    size = dataclasses.replace(SIZE, num_kv_heads=num_kv_heads, lora_rank=3)
+    plain, adapted = make(dataclasses.replace(size, lora_rank=0)), make(size)
+    positions, mask = jnp.broadcast_to(jnp.arange(5)[None], (2, 5)), jnp.ones((2, 5, 5), bool)
+
+    @quick_jit
+    def run(params):
+        return gemma.forward(params, gemma.LANGUAGE, x, positions, mask, lora_scale=2.0)[0]
+
+    np.testing.assert_array_equal(run(adapted), run(plain))  # B starts at zero
+    random = np.random.default_rng(0)
+    attn, mlp = adapted["layers"]["attn"], adapted["layers"]["mlp"]
+    for node in (*attn.values(), mlp):
+        for name in [name for name in node if name.endswith("lora_b")]:
+            node[name] = jnp.asarray(random.normal(size=node[name].shape), jnp.float32)
+    merged = plain | {"layers": plain["layers"] | {"attn": {}, "mlp": {}}}
+    for name, node in attn.items():
+        a, b = (np.asarray(node[part], np.float64) for part in ("lora_a", "lora_b"))
+        if name == "attn_vec_einsum":  # all heads share the sum of their factors B
+            b = np.broadcast_to(b.sum(axis=1, keepdims=True), b.shape)
+        merged["layers"]["attn"][name] = {"w": jnp.asarray(node["w"] + 2.0 * a @ b, jnp.float32)}
+    for name in ("gating_einsum", "linear"):
+        a, b = (np.asarray(mlp[f"{name}_{part}"], np.float64) for part in ("lora_a", "lora_b"))
+        merged["layers"]["mlp"][name] = jnp.asarray(mlp[name] + a @ b, jnp.float32)
+    changed = run(adapted)
+    assert float(jnp.abs(changed - run(plain)).max()) > 0.5
+    np.testing.assert_allclose(changed, run(merged), atol=2e-5)
+
+
+def test_adapters_have_the_shapes_of_openpi() -> None:
+    declared = gemma.leaves(dataclasses.replace(SIZE, lora_rank=3), gemma.ACTION, adaptive=True)
+    shapes = {
+        path.removeprefix("layers/"): leaf.shape
+        for path, leaf in declared.items()
+        if "lora" in path
+    }
+    assert shapes == {
+        "attn/q_einsum_1/lora_a": (2, 4, 12, 3),
+        "attn/q_einsum_1/lora_b": (2, 4, 3, 6),
+        "attn/kv_einsum_1/lora_a": (2, 2, 2, 12, 3),
+        "attn/kv_einsum_1/lora_b": (2, 2, 2, 3, 6),
+        "attn/attn_vec_einsum_1/lora_a": (2, 4, 6, 3),
+        "attn/attn_vec_einsum_1/lora_b": (2, 4, 3, 12),
+        "mlp_1/gating_einsum_lora_a": (2, 2, 12, 3),
+        "mlp_1/gating_einsum_lora_b": (2, 2, 3, 20),
+        "mlp_1/linear_lora_a": (2, 20, 3),
+        "mlp_1/linear_lora_b": (2, 3, 12),
+    }

@@ -56,6 +56,7 @@ def test_resolve_keeps_what_is_set(spec) -> None:
         ("dtype", "float16"),
         ("exploration", "noise"),
         ("noise_level", 0.0),
+        ("lora_scale", 0.0),
         ("num_denoise_steps", 0),
         ("depth", 0),
         ("value_widths", (0,)),
@@ -75,11 +76,11 @@ _SIZES = [field for field in dataclasses.fields(PiConfig) if field.type is int]
 @pytest.mark.parametrize("value", [0, -1, -2])
 @pytest.mark.parametrize("field", _SIZES, ids=lambda field: field.name)
 def test_no_size_is_zero_or_negative(spec, field: dataclasses.Field, value: int) -> None:
-    """But for -1 where that is the default. Known without an env, and so before one is made."""
+    """But for a default of -1 (filled in) or 0 (off). Known before an env is made."""
     config = dataclasses.replace(tiny_config(), **{field.name: value})
     if value == field.default:
         config.validate()
-        assert getattr(resolve(config, spec), field.name) >= 1
+        assert getattr(resolve(config, spec), field.name) >= (0 if value == 0 else 1)
     else:
         with pytest.raises(
             ConfigError, match=rf"config\.model\.{field.name} = {value}: .* Fix: --"
