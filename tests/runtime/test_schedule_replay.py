@@ -48,21 +48,27 @@ def blueprint(**sections: Any) -> Blueprint:
 
 
 class Pace:
-    """Two of the four groups make no step before the other two have begun their second segment.
+    """All groups begin their first segment; then two of the four wait until the others have begun
+    their second.
 
-    So the fifth and the sixth ticket are certain to go to those two.
+    So the fifth and the sixth ticket are certain to go to those others.
     """
 
     def __init__(self, *fast: str):
         self._fast = fast
-        self._is_ahead = {name: threading.Event() for name in fast}
+        self._begun = {(f"group_{i}", 0): threading.Event() for i in range(4)}
+        self._ahead = {(name, 1): threading.Event() for name in fast}
 
     def __call__(self, group: str, cursor: Cursor) -> None:
-        if group not in self._fast:
-            for event in self._is_ahead.values():
-                assert event.wait(TIMEOUT_S)
-        elif cursor.segment == 1:
-            self._is_ahead[group].set()
+        event = (self._begun | self._ahead).get((group, cursor.segment))
+        if event is not None:
+            event.set()
+        awaited = list(self._begun.values())
+        if group not in self._fast or cursor.segment:
+            # A fast one, too: it could take the sixth ticket before the other has the fifth.
+            awaited += self._ahead.values()
+        for event in awaited:
+            assert event.wait(TIMEOUT_S)
 
 
 class Jitter:
