@@ -63,7 +63,7 @@ class RunningStats:
             raise ValueError(f"statistics need at least 2 vectors, there are {self._count}")
         variance = np.maximum(self._mean_square - self._mean**2, 0.0)
         q01, q99 = self._quantile(0.01), self._quantile(0.99)
-        return FieldStats(mean=self._mean.copy(), std=np.sqrt(variance), q01=q01, q99=q99)
+        return FieldStats(mean=self._mean, std=np.sqrt(variance), q01=q01, q99=q99)
 
     def _start(self, samples: np.ndarray) -> None:
         self._low, self._high = samples.min(axis=0), samples.max(axis=0)

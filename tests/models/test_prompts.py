@@ -94,6 +94,18 @@ def test_line_breaks_inside_become_spaces() -> None:
     assert encode_prompt(tokenizer, " put_the bowl\non the_plate ") == expected
 
 
+def test_the_answers_line_break_is_a_piece_of_its_own() -> None:
+    class Merging(ByteTokenizer):
+        """Has a piece for a letter before a line break, as large vocabularies do."""
+
+        def encode(self, text: str, add_bos: bool = False) -> list[int]:
+            return super().encode(text.replace("t\n", "~"), add_bos)
+
+    tokenizer = Merging()
+    line_break = ByteTokenizer().encode("\n")
+    assert encode_prompt(tokenizer, "lift") == tokenizer.encode("lift", add_bos=True) + line_break
+
+
 def test_over_length_names_the_text_and_the_limit() -> None:
     tokenize_prompt(ByteTokenizer(), "abc", 5)
     with pytest.raises(ValueError, match=r"'abcd' has 6 tokens.*max_tokens is 5"):
