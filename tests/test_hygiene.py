@@ -42,6 +42,8 @@ _CONFINED = {
     "robosuite": ("envs/libero_",),
     "wandb": ("telemetry/writers.py",),
     "tensorboardX": ("telemetry/writers.py",),
+    "sentencepiece": ("models/tokenizer.py",),
+    "tokenizers": ("models/tokenizer.py",),
     "pickle": ("envs/libero_init_states.py",),  # a restricted unpickler
     "ray": (),
     "torch": (),

@@ -5,6 +5,10 @@ z-score (pi0), (x - mean) / (std + 1e-6), and quantile (pi0.5),
 2 (x - q01) / (q99 - q01 + 1e-6) - 1. Both are affine, so both are an offset and a scale:
 normalised = (x - offset) / scale. Statistics longer than x are cut; where they are shorter
 the remaining dimensions are padding, which is kept (by z-score as mean 0, std 1).
+
+`normalize` and `unnormalize` work on devices in float32. `normalize_on_host` and
+`unnormalize_on_host` repeat openpi's float64 results to the last bit: pi0.5 reads the bins that
+a normalised state lies in, and at the edge of a bin one rounding decides.
 """
 
 import json
@@ -166,6 +170,55 @@ def _fit(vector: np.ndarray, x: jax.Array, padding: float) -> np.ndarray:
     fitted = np.full((1,) * (x.ndim - 1) + (size,), padding, np.float32)
     fitted[..., : len(vector)] = vector[:size]
     return fitted
+
+
+def normalize_on_host(x: ArrayLike, stats: FieldStats, kind: str) -> np.ndarray:
+    """As `normalize`, in float64 and in openpi's order of operations.
+
+    Args:
+      x: [..., D] of any real dtype, env units.
+      stats: statistics of at least or at most D dimensions, see the module docstring.
+      kind: "zscore" or "quantile".
+
+    Returns:
+      float64 [..., D].
+
+    Raises:
+      ValueError: the kind is unknown, or quantiles were not recorded.
+    """
+    known, padding = _split(x, stats)
+    offset, width = _offset_and_width(stats, kind, known.shape[-1])
+    if kind == "zscore":
+        return np.concatenate([(known - offset) / width, padding / (1.0 + _EPSILON)], axis=-1)
+    return np.concatenate([(known - offset) / width * 2.0 - 1.0, padding], axis=-1)
+
+
+def unnormalize_on_host(x: ArrayLike, stats: FieldStats, kind: str) -> np.ndarray:
+    """As `unnormalize`, in float64 and in openpi's order of operations.
+
+    Arguments, result and errors are those of `normalize_on_host`, the units exchanged.
+    """
+    known, padding = _split(x, stats)
+    offset, width = _offset_and_width(stats, kind, known.shape[-1])
+    if kind == "zscore":
+        return np.concatenate([known * width + offset, padding * (1.0 + _EPSILON)], axis=-1)
+    return np.concatenate([(known + 1.0) / 2.0 * width + offset, padding], axis=-1)
+
+
+def _split(x: ArrayLike, stats: FieldStats) -> tuple[np.ndarray, np.ndarray]:
+    """float64 x where there are statistics, and what lies beyond them."""
+    values = np.asarray(x, np.float64)
+    return values[..., : stats.size], values[..., stats.size :]
+
+
+def _offset_and_width(stats: FieldStats, kind: str, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Float64 [size]: mean and std, or q01 and its distance to q99; widths are never 0."""
+    if kind not in KINDS:
+        raise ValueError(f"kind = {kind!r} is none of {', '.join(KINDS)}")
+    if kind == "zscore":
+        return stats.mean[:size], stats.std[:size] + _EPSILON
+    q01, q99 = stats.quantiles()
+    return q01[:size], q99[:size] - q01[:size] + _EPSILON
 
 
 def load_norm_stats(path: pathlib.Path, kind: str) -> NormStats:

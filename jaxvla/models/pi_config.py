@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from jaxvla.config import ConfigError, ModelConfig, override
 from jaxvla.models import gemma, siglip
-from jaxvla.models.tokenizer import Tokenizer, encode_prompt
+from jaxvla.models.prompts import encode_prompt
+from jaxvla.models.tokenizer import Tokenizer
 from jaxvla.types import EnvSpec
 
 _CHOICES = {

@@ -28,7 +28,8 @@ from jaxvla.learning.optimizer import make_optimizer
 from jaxvla.learning.train_state import TrainState, init_state, state_shardings
 from jaxvla.learning.train_step import TrainFunctions
 from jaxvla.models import MODELS
-from jaxvla.models.tokenizer import ByteTokenizer, Tokenizer, tokenize_prompt
+from jaxvla.models.prompts import tokenize_prompt
+from jaxvla.models.tokenizer import ByteTokenizer, Tokenizer
 from jaxvla.serving.sampling import Sampler
 from jaxvla.simulation.unroll import TokenTable
 from jaxvla.types import EnvSpec, Observation, Params, PolicySample, Trajectory, stand_in

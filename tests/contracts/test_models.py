@@ -17,7 +17,8 @@ from jaxvla.data.normalization import NormStats
 from jaxvla.models import MODELS
 from jaxvla.models.base import Policy
 from jaxvla.models.pi_config import tiny_config
-from jaxvla.models.tokenizer import ByteTokenizer, tokenize_prompt
+from jaxvla.models.prompts import tokenize_prompt
+from jaxvla.models.tokenizer import ByteTokenizer
 from jaxvla.types import EnvSpec, Observation, Params, PolicySample, SupervisedBatch
 
 B = 4

@@ -13,7 +13,8 @@ from jaxvla.data.normalization import NormStats
 from jaxvla.learning.train_state import TrainState
 from jaxvla.models.pi import PiPolicy
 from jaxvla.models.pi_config import tiny_config
-from jaxvla.models.tokenizer import ByteTokenizer, tokenize_prompt
+from jaxvla.models.prompts import tokenize_prompt
+from jaxvla.models.tokenizer import ByteTokenizer
 from jaxvla.types import EnvSpec, Observation, PolicySample, Trajectory
 
 T, B, STATE_DIM, ACTION_DIM, NUM_STEPS = 2, 8, 5, 3, 4

@@ -15,7 +15,8 @@ import pytest
 from jaxvla.data.normalization import FieldStats, NormStats
 from jaxvla.models.pi import PiPolicy
 from jaxvla.models.pi_config import PiConfig, tiny_config
-from jaxvla.models.tokenizer import ByteTokenizer, tokenize_prompt
+from jaxvla.models.prompts import tokenize_prompt
+from jaxvla.models.tokenizer import ByteTokenizer
 from jaxvla.types import EnvSpec, Observation, Params
 
 ORACLE_DIR = pathlib.Path(__file__).parents[1] / "data" / "oracle"

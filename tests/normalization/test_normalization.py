@@ -15,8 +15,10 @@ from jaxvla.data.normalization import (
     NormStats,
     load_norm_stats,
     normalize,
+    normalize_on_host,
     save_norm_stats,
     unnormalize,
+    unnormalize_on_host,
 )
 
 CASES_PATH = pathlib.Path(__file__).parents[1] / "data" / "oracle" / "transforms.npz"
@@ -47,6 +49,50 @@ def test_unnormalize_of_padded_actions_matches_recorded(cases, kind: str) -> Non
     x = jnp.asarray(cases["in/actions32"], jnp.float32)
     actual = unnormalize(x, recorded_stats(cases, "actions"), kind)
     np.testing.assert_allclose(actual, cases[f"unnorm32/{kind}/actions"], rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("field", ["state", "actions"])
+def test_host_gives_the_recorded_bits(cases, kind: str, field: str) -> None:
+    stats = recorded_stats(cases, field)
+    normalized = normalize_on_host(cases[f"in/{field}"], stats, kind)
+    assert normalized.dtype == np.float64
+    np.testing.assert_array_equal(normalized, cases[f"norm/{kind}/{field}"])
+    padded = cases["in/actions32" if field == "actions" else "in/state"]
+    expected = cases[f"unnorm32/{kind}/{field}"]
+    np.testing.assert_array_equal(unnormalize_on_host(padded, stats, kind), expected)
+
+
+def test_host_maps_the_first_percentile_to_the_edge_of_a_bin() -> None:
+    stats = FieldStats.from_array(np.random.default_rng(0).normal(size=(99, 8)))
+    q01, _ = stats.quantiles()
+    np.testing.assert_array_equal(normalize_on_host(q01, stats, "quantile"), np.full(8, -1.0))
+
+
+@hypothesis.given(
+    kind=st.sampled_from(KINDS), seed=st.integers(0, 999), size=st.sampled_from([1, 3, 4, 6])
+)
+@hypothesis.settings(max_examples=30, deadline=None)
+def test_host_round_trip_and_agreement(kind: str, seed: int, size: int) -> None:
+    """For x shorter, as long and longer than the statistics."""
+    rng = np.random.default_rng(seed)
+    stats = FieldStats.from_array(rng.normal(3.0, 2.0, (50, 4)))
+    x = rng.normal(size=(2, 3, size)).astype(np.float32)
+    there = normalize_on_host(x, stats, kind)
+    back = unnormalize_on_host(there, stats, kind)
+    np.testing.assert_allclose(back, x, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(normalize(jnp.asarray(x), stats, kind), there, atol=1e-5)
+    device = unnormalize(jnp.asarray(x), stats, kind)
+    np.testing.assert_allclose(device, unnormalize_on_host(x, stats, kind), atol=1e-5)
+
+
+@pytest.mark.parametrize("transform", [normalize_on_host, unnormalize_on_host])
+def test_host_refuses_what_is_not_defined(transform) -> None:
+    stats = FieldStats(mean=np.zeros(2), std=np.ones(2))
+    with pytest.raises(ValueError, match="kind = 'minmax' is none of zscore, quantile"):
+        transform(np.zeros(2), stats, "minmax")
+    with pytest.raises(ValueError, match="not recorded"):
+        transform(np.zeros(2), stats, "quantile")
 
 
 def test_stats_longer_than_x_are_cut(cases) -> None:
