@@ -31,6 +31,7 @@ _FOUNDATIONS = _LAYERS[-1]
 
 _NEIGHBOURS = {
     ("jaxvla.checkpoint", "sharding"): "leaves are named as in sharding rules",
+    ("jaxvla.models.openpi_format", "data"): "openpi's checkpoints hold norm_stats.json",
     ("jaxvla.simulation.simulator", "serving"): "a simulator is a client of the policy server",
     ("jaxvla.evaluation.evaluator", "serving"): "evaluates with the server's sampling functions",
     ("jaxvla.evaluation.evaluator", "simulation"): "steps an env group without a simulator",
@@ -41,6 +42,7 @@ _CONFINED = {
     "libero": ("envs/libero_",),
     "robosuite": ("envs/libero_",),
     "wandb": ("telemetry/writers.py",),
+    "safetensors": ("models/openpi_torch.py",),
     "tensorboardX": ("telemetry/writers.py",),
     "sentencepiece": ("models/tokenizer.py",),
     "tokenizers": ("models/tokenizer.py",),
