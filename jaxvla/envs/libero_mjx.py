@@ -32,6 +32,7 @@ from jaxvla.envs.rendering.rasterizer import TILE
 from jaxvla.types import EnvSpec
 
 PHYSICS = ("mjx", "warp", "mujoco")
+RENDERERS = ("jax", "warp")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -54,6 +55,9 @@ class LiberoMjxConfig(EnvConfig):
     """"mjx": on the accelerator. "warp": MJX's other implementation, for NVIDIA GPUs; needs the
     warp extra. "mujoco": the same geometry in C MuJoCo with LIBERO's own friction, on threads of
     the host; on a machine without accelerator ten times faster."""
+    renderer: str = "jax"
+    """What finds the surface that a pixel shows. "jax": the rasterizer, on any device. "warp":
+    MuJoCo Warp's ray tracer, for NVIDIA GPUs; needs the warp extra. Colours are the same."""
     task_dir: str = ""
     """Directory of the task files; empty: $JAXVLA_LIBERO_CACHE, or ~/.cache/jaxvla/libero."""
 
@@ -69,6 +73,7 @@ class LiberoMjxConfig(EnvConfig):
                 -1,
             ),
             (self.physics in PHYSICS, "physics", f"one of {', '.join(PHYSICS)}", "mjx"),
+            (self.renderer in RENDERERS, "renderer", f"one of {', '.join(RENDERERS)}", "jax"),
             (0.0 <= self.max_shift_m <= 0.1, "max_shift_m", "in [0, 0.1] m", 0.0),
         ):
             if not is_good:
@@ -116,6 +121,7 @@ class LiberoMjx:
                 config=config,
                 max_shift_m=config.max_shift_m,
                 physics=config.physics,
+                renderer=config.renderer,
             )
             for model, members in _by_scene(tasks)
         )

@@ -26,6 +26,7 @@ from jaxvla.types import AnyArray, EnvObservation, EnvSpec
 
 if TYPE_CHECKING:
     from jaxvla.envs.osc_warp import WarpPhysics
+    from jaxvla.envs.rendering.warp_renderer import WarpRenderer
 
 HAND_BODY = "robot0_right_hand"
 """Body whose orientation is part of the policy's state."""
@@ -68,6 +69,7 @@ class LiberoScene:
         config: EnvConfig,
         max_shift_m: float,
         physics: str,
+        renderer: str,
     ):
         """Args:
         tasks: of this scene.
@@ -77,6 +79,10 @@ class LiberoScene:
         config: of the whole env.
         max_shift_m: see `LiberoMjxConfig`.
         physics: see `LiberoMjxConfig`.
+        renderer: see `LiberoMjxConfig`.
+
+        Raises:
+          ValueError: warp is asked for and not installed.
         """
         self.spec, self.config, self.model = spec, config, model
         self.task_ids = tuple(task_ids)
@@ -94,7 +100,7 @@ class LiberoScene:
         self._rotations = np.stack([task.goal_rotations for task in tasks]).astype(np.float32)
         self._poses = np.stack([task.fixture_poses for task in tasks]).astype(np.float32)
         self._bind_goals(tasks)
-        self._bind_cameras(tasks[0])
+        self._bind_cameras(tasks[0], renderer)
 
     def _make_physics(self, physics: str) -> "HostPhysics | WarpPhysics | None":
         """What runs control steps; None: `osc.control_step`."""
@@ -128,16 +134,26 @@ class LiberoScene:
         self._exemplars = [tasks[goal_of.index(goal)] for goal in range(len(distinct))]
         self._targets = [_target_bodies(terms, self.model) for terms in distinct]
 
-    def _bind_cameras(self, task: LiberoTask) -> None:
+    def _bind_cameras(self, task: LiberoTask, renderer: str) -> None:
         surfaces = Surfaces.from_arrays(task.surfaces)
         bodies = surfaces.body_ids(self.model)
-        size = self.spec.image_size
-        self._rasterizer = Rasterizer(surfaces, body_ids=bodies, size=size)
+        self._renderer = self._make_renderer(renderer, surfaces, bodies)
         self._cameras = task.cameras
         self._camera_bodies = [self.model.body(camera.body).id for camera in task.cameras]
         body_of_geom = np.asarray(bodies)[surfaces.geom_body]
         # One row per goal, bool [goals, G].
         self._is_target = np.stack([np.isin(body_of_geom, target) for target in self._targets])
+
+    def _make_renderer(
+        self, renderer: str, surfaces: Surfaces, bodies: list[int]
+    ) -> "Rasterizer | WarpRenderer":
+        size = self.spec.image_size
+        if renderer == "jax":
+            return Rasterizer(surfaces, body_ids=bodies, size=size)
+        # Imported by nobody who does not ask for it.
+        from jaxvla.envs.rendering.warp_renderer import WarpRenderer
+
+        return WarpRenderer(surfaces, body_ids=bodies, size=size)
 
     # -------------------------------------------------------------------------- episodes
 
@@ -249,7 +265,7 @@ class LiberoScene:
         """Also the geoms that pixels show, int32 [E, C, h, w]."""
         data = jax.vmap(self._kinematics)(states)
         frames = [
-            self._rasterizer.render_batch(
+            self._renderer.render_batch(
                 BodyPoses(xpos=data.xpos, xmat=data.xmat), self._camera(index, data)
             )
             for index in range(len(self.spec.cameras))

@@ -6,6 +6,7 @@ objects); MJX itself is stepped in test_libero_mjx_physics.py.
 
 import dataclasses
 import functools
+import importlib.util
 from typing import Any
 
 import jax
@@ -152,6 +153,24 @@ def test_targets_are_the_bowl_that_moves() -> None:
         assert inside.mean() > 3 * outside.mean()
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("warp") is None,
+    reason="warp is not installed (pip install 'jaxvla[warp]')",
+)
+def test_warp_draws_the_same_images() -> None:
+    (by_warp,) = device_scenes(LiberoMjx(config(renderer="warp")))
+    assert isinstance(by_warp, LiberoScene)
+    keys = jax.random.split(jax.random.key(0), 4)
+    states = jax.vmap(scene().scene)(keys, jnp.asarray([0, 1, 0, 1]))
+    expected, expected_mask = scene().observe_target(states)
+    seen, mask = by_warp.observe_target(states)
+    difference = np.abs(seen.images.astype(int) - expected.images.astype(int))
+    assert difference.mean() < 0.1  # of 255
+    assert (np.asarray(mask) != np.asarray(expected_mask)).mean() < 1e-4
+    assert mask[:, 0].any((1, 2)).all()  # the wrist camera need not see it
+
+
 def test_time_limits_are_the_suites_unless_given() -> None:
     assert family().spec.max_episode_steps == (220, 220)
     assert LiberoMjx(config(max_episode_steps=50)).spec.max_episode_steps == (50, 50)
@@ -162,6 +181,7 @@ def test_time_limits_are_the_suites_unless_given() -> None:
     [
         ({"image_size": 100}, "multiple of 16"),
         ({"physics": "bullet"}, "one of mjx, warp, mujoco"),
+        ({"renderer": "opengl"}, "one of jax, warp"),
         ({"max_shift_m": 0.5}, r"\[0, 0.1\]"),
         ({"max_episode_steps": 0}, "positive"),
     ],

@@ -227,7 +227,7 @@ class Rasterizer:
     def shade(self, visible: Visible, poses: BodyPoses, camera: Camera) -> Frame:
         """Colours, depths and geoms of what the pixels see; arguments as in `visible`."""
         rotation, translation = self._body_frames(poses, camera)
-        x, y = self._rays(jnp.arange(self._tiles_per_side**2)[:, None], camera)
+        x, y = self.rays(camera)
         triangle, inverse_depth, x, y = (
             array.reshape(self._tiles_per_side, -1)
             for array in (visible.triangle, visible.inverse_depth, x, y)
@@ -260,9 +260,10 @@ class Rasterizer:
         """Side of a pixel at depth 1."""
         return 2.0 * jnp.tan(0.5 * camera.fovy_rad) / self.size
 
-    def _rays(self, tile: jax.Array, camera: Camera) -> tuple[jax.Array, jax.Array]:
-        """x and y [..., TILE^2] at z = -1 of the rays through a tile's pixel centres."""
-        lane = np.arange(TILE * TILE)
+    def rays(self, camera: Camera) -> tuple[jax.Array, jax.Array]:
+        """x and y at z = -1 of the rays through the pixels' centres, float32 [N, TILE^2] each,
+        in the order of `Visible`."""
+        tile, lane = jnp.arange(self._tiles_per_side**2)[:, None], np.arange(TILE * TILE)
         column = tile % self._tiles_per_side * TILE + lane % TILE
         row = tile // self._tiles_per_side * TILE + lane // TILE
         middle = 0.5 * (self.size - 1)
@@ -363,7 +364,7 @@ class Rasterizer:
         tiles = jnp.arange(self._tiles_per_side**2, dtype=jnp.int32)
         starts = jnp.searchsorted(keys, tiles << _INDEX_BITS).astype(jnp.int32)
         stops = jnp.searchsorted(keys, (tiles + 1) << _INDEX_BITS).astype(jnp.int32)
-        x, y = self._rays(tiles[:, None], camera)
+        x, y = self.rays(camera)
         # In the order of the pairs: gathers inside the loop would be done once per pixel.
         index = keys & _INDEX_MASK
         functions, ids = functions.at[index].get(mode="clip"), ids.at[index].get(mode="clip")
