@@ -15,7 +15,8 @@ from jaxvla.runtime.compile_tasks import compile_tasks
 
 MARKS = [
     pytest.mark.libero,
-    pytest.mark.timeout(900),  # the first of them compiles
+    pytest.mark.slow,  # compiling takes minutes
+    pytest.mark.timeout(900),
     needs_package,
 ]
 

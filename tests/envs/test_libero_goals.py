@@ -59,6 +59,7 @@ def test_unclear_thresholds_are_refused(condition: Callable[[float], bool]) -> N
 
 @needs_libero
 @pytest.mark.libero
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "task", [*TASKS, *(pytest.param(task, marks=pytest.mark.slow) for task in MORE_TASKS)]
 )

@@ -153,7 +153,6 @@ def test_targets_are_the_bowl_that_moves() -> None:
         assert inside.mean() > 3 * outside.mean()
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("warp") is None,
     reason="warp is not installed (pip install 'jaxvla[warp]')",

@@ -15,7 +15,7 @@ from jaxvla.envs.libero_mjx import LiberoMjx, LiberoMjxConfig, load_tasks
 from jaxvla.envs.osc import find_arm
 from jaxvla.envs.quiet_mjx import mjx
 
-pytestmark = [*MARKS, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = MARKS
 
 SUITE = "libero_spatial"
 NUM_STEPS = 200

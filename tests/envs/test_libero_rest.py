@@ -16,7 +16,12 @@ from jaxvla.envs.libero_deviation import replay, rest
 from jaxvla.envs.osc import find_arm
 from jaxvla.envs.quiet_mjx import mjx
 
-pytestmark = [pytest.mark.libero, pytest.mark.timeout(900), needs_libero]
+pytestmark = [
+    pytest.mark.libero,
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    needs_libero,
+]
 
 TASKS = ("libero_goal:0", "libero_10:6")
 """A table with cabinet, stove and rack; a living room table."""
@@ -72,7 +77,6 @@ def test_the_arm_follows_the_original_open_loop(scenes: dict, task: str):
     assert np.abs(end - still).max() > 0.02  # the arm does move
 
 
-@pytest.mark.slow
 def test_objects_stay_at_rest_in_mjx(scenes: dict):
     scene = scenes["libero_10:6"]
     model = load(scene)

@@ -13,7 +13,7 @@ from mujoco import mjx
 
 from jaxvla.envs import osc
 
-pytestmark = [pytest.mark.libero, needs_libero]
+pytestmark = [pytest.mark.libero, pytest.mark.slow, needs_libero]
 
 SUITE, TASK = "libero_10", 2
 

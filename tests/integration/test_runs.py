@@ -121,6 +121,7 @@ def test_asynchronous_run_on_disjoint_meshes(tmp_path: pathlib.Path) -> None:
     require_invariants(run.records(), 4)
 
 
+@pytest.mark.slow
 def test_asynchronous_run_with_two_policy_servers_on_devices_of_their_own(
     tmp_path: pathlib.Path,
 ) -> None:
