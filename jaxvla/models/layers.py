@@ -9,7 +9,7 @@ kv head, D width, L layers.
 import dataclasses
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +70,18 @@ def dense_leaves(path: str, size_in: int, size_out: int, *, gain: float = 1.0) -
     return {f"{path}/kernel": kernel, f"{path}/bias": Leaf(shape=(size_out,), axes=(None,))}
 
 
+def nest(flat: Mapping[str, Any]) -> Params:
+    """'/'-joined path to leaf -> nested dict."""
+    tree: Params = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
 def init_leaves(key: jax.Array, leaves: dict[str, Leaf]) -> Params:
     """Draws every leaf in float32 and nests the tree by path.
 
@@ -86,15 +98,11 @@ def init_leaves(key: jax.Array, leaves: dict[str, Leaf]) -> Params:
     for path, leaf in random.items():
         if leaf.size >= _LARGE:
             normals[path] = jax.random.normal(rng.stream(key, path), leaf.shape)
-    params: Params = {}
+    values = {}
     for path, leaf in leaves.items():
-        *parents, name = path.split("/")
-        node = params
-        for parent in parents:
-            node = node.setdefault(parent, {})
         mean = jnp.broadcast_to(jnp.asarray(leaf.mean, jnp.float32), leaf.shape)
-        node[name] = mean + leaf.std * normals[path] if path in normals else mean
-    return params
+        values[path] = mean + leaf.std * normals[path] if path in normals else mean
+    return nest(values)
 
 
 def _draw_small(key: jax.Array, leaves: dict[str, Leaf]) -> dict[str, jax.Array]:

@@ -24,12 +24,12 @@ import orbax.checkpoint as ocp
 from jaxvla.config import UsageError
 from jaxvla.data.normalization import NormStats, load_norm_stats, save_norm_stats
 from jaxvla.models import openpi_torch
+from jaxvla.models.layers import nest
 from jaxvla.models.openpi_tree import (
     HEADS,
     flat_target,
     flatten,
     kept,
-    nest,
     require_match,
     shapes_of,
 )

@@ -25,12 +25,12 @@ import numpy as np
 
 from jaxvla.config import UsageError
 from jaxvla.models import gemma
+from jaxvla.models.layers import nest
 from jaxvla.models.openpi_tree import (
     OPTIONAL,
     Shapes,
     flat_target,
     kept,
-    nest,
     place,
     require_match,
 )

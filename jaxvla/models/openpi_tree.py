@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxvla.config import UsageError
-from jaxvla.models.layers import Leaf, init_leaves
+from jaxvla.models.layers import Leaf, init_leaves, nest
 from jaxvla.sharding import path_name
 from jaxvla.types import Params
 
@@ -81,18 +81,6 @@ def flat_target(target: Params) -> dict[str, Any]:
         if getattr(leaf, "sharding", None) is None:
             raise UsageError(f"the target's leaf {path} has no sharding. Fix: use make_target")
     return flat
-
-
-def nest(flat: Mapping[str, Any]) -> Params:
-    """Path to leaf -> nested dict."""
-    tree: Params = {}
-    for path, leaf in flat.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree
 
 
 def shapes_of(flat: Mapping[str, Any]) -> Shapes:

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxvla.config import UsageError
+from jaxvla.models.layers import nest
 from jaxvla.models.openpi_tree import (
     OPTIONAL,
     flat_target,
     kept,
-    nest,
     place,
     require_match,
     shapes_of,

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from jaxvla.data.normalization import FieldStats, NormStats
+from jaxvla.models.layers import nest
 from jaxvla.models.pi import PiPolicy
 from jaxvla.models.pi_config import PiConfig, tiny_config
 from jaxvla.models.prompts import tokenize_prompt
@@ -20,18 +21,6 @@ from jaxvla.models.tokenizer import ByteTokenizer
 from jaxvla.types import EnvSpec, Observation, Params
 
 ORACLE_DIR = pathlib.Path(__file__).parents[1] / "data" / "oracle"
-
-
-def nest(flat: dict[str, np.ndarray]) -> Params:
-    """'/'-joined paths -> nested dict."""
-    tree: Params = {}
-    for path, leaf in flat.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree
 
 
 @dataclass(frozen=True, kw_only=True)

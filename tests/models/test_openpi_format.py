@@ -13,13 +13,14 @@ from models.openpi_files import target_of, velocity, write_params
 
 from jaxvla.config import UsageError
 from jaxvla.data.normalization import FieldStats, NormStats
+from jaxvla.models.layers import nest
 from jaxvla.models.openpi_format import (
     load_params,
     load_stats,
     local_checkpoint,
     save_checkpoint,
 )
-from jaxvla.models.openpi_tree import flatten, nest
+from jaxvla.models.openpi_tree import flatten
 
 ASSET = "physical-intelligence/libero"
 

@@ -6,7 +6,8 @@ import pytest
 from models.openpi_files import target_of
 
 from jaxvla.config import UsageError
-from jaxvla.models.openpi_tree import OPTIONAL, flatten, nest, require_match
+from jaxvla.models.layers import nest
+from jaxvla.models.openpi_tree import OPTIONAL, flatten, require_match
 
 
 def test_only_leaves_with_initial_values_are_allocated(policy) -> None:
