@@ -154,6 +154,61 @@ class WarmStartConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class DatasetConfig:
+    """Demonstrations to fine-tune on."""
+
+    kind: str = "expert"
+    """Where they are from: expert (the env's, scripted), or an entry of the dataset registry:
+    recorded, libero_hdf5, lerobot."""
+    path: str = ""
+    """Directory, or one file of libero_hdf5. For "expert": where they are recorded to, or read
+    from if they were recorded there; empty keeps them in memory."""
+    num_episodes: int = 128
+    """Of the expert: episodes, split evenly over the tasks."""
+    noise_std: float = 0.5
+    """Of the expert: disturbance of its actions, so that demonstrations show how to recover."""
+    cameras: tuple[str, ...] = ()
+    """Names of the data set's cameras in the order of the env's; "-" where there is none. Empty:
+    all of them in their order."""
+    state_key: str = ""
+    """Of lerobot: name of the state; empty: observation.state or state."""
+    action_key: str = ""
+    """Of lerobot: name of the actions; empty: action or actions."""
+    rotate_images: bool = False
+    """Of lerobot: turn images by 180 degrees, where they were stored as LIBERO renders them."""
+
+
+@dataclass(kw_only=True, slots=True)
+class FinetuneConfig:
+    """Supervised fine-tuning: the job "finetune"."""
+
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    num_steps: int = 1000
+    """Optimizer steps in the whole run (across resumes)."""
+    batch_size: int = 32
+    """Samples per optimizer step."""
+    accumulation_steps: int = 1
+    """Parts that a batch is computed in, one after another; the result is that of the batch."""
+    ema_decay: float = 0.0
+    """Decay, in [0, 1), of the moving average of the parameters that is evaluated and published
+    in the place of the newest ones; 0: none is kept."""
+    augment: bool = False
+    """Random crops, rotations and colours of the images, see `jaxvla.data.augmentation`."""
+    prefetch: int = 4
+    """Batches read ahead by the thread that reads data."""
+    log_interval: int = 10
+    """Optimizer steps per record of metrics.jsonl."""
+    checkpoint_interval: int = 200
+    """Optimizer steps between checkpoints; the last step is always saved."""
+    compute_norm_stats: bool = False
+    """Normalise by statistics of the data set, kept in assets/ASSET_ID/norm_stats.json of the work
+    directory, where every job on that directory finds them."""
+    asset_id: str = "dataset"
+    """See `compute_norm_stats`."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+
+@dataclass(kw_only=True, slots=True)
 class SimulationConfig:
     """Env groups and the segments they collect."""
 
@@ -320,6 +375,7 @@ class ExperimentConfig:
     """Root of every random stream, in [0, 2**32)."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     simulation: SimulationConfig = field(default_factory=SimulationConfig)
     serving: ServingConfig = field(default_factory=ServingConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

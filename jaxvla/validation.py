@@ -76,7 +76,9 @@ def _is_regular_expression(text: str) -> bool:
 
 def _of_optimizers(*names: str) -> tuple[str, ...]:
     return tuple(
-        f"{section}.{name}" for section in ("optimizer", "warm_start.optimizer") for name in names
+        f"{section}.{name}"
+        for section in ("optimizer", "warm_start.optimizer", "finetune.optimizer")
+        for name in names
     )
 
 
@@ -102,6 +104,9 @@ _RANGES = (
             "learning.max_skipped_updates",
             "warm_start.batch_size",
             "warm_start.num_episodes",
+            *(f"finetune.{name}" for name in ("num_steps", "batch_size", "accumulation_steps")),
+            *(f"finetune.{name}" for name in ("prefetch", "log_interval", "checkpoint_interval")),
+            "finetune.dataset.num_episodes",
             "evaluation.num_judge_envs",
             "checkpoint.interval",
             *_of_optimizers("learning_rate", "value_learning_rate", "clip_norm", "eps"),
@@ -116,6 +121,7 @@ _RANGES = (
             "warm_start.num_steps",
             "warm_start.num_grounding_steps",
             "warm_start.noise_std",
+            "finetune.dataset.noise_std",
             "evaluation.num_episodes",
             "evaluation.interval",
             "evaluation.num_videos",
@@ -144,7 +150,7 @@ _RANGES = (
         allowed="must be in [0, 1)",
         holds=lambda x: 0 <= x < 1,
         fix=0.9,
-        names=_of_optimizers("beta1", "beta2"),
+        names=("finetune.ema_decay", *_of_optimizers("beta1", "beta2")),
     ),
     _Range(
         allowed="must be in [0, 2**32): seeds are 32 bits wide",
@@ -165,10 +171,10 @@ _RANGES = (
         names=("checkpoint.keep",),
     ),
     _Range(
-        allowed="must be letters, digits, '_', '-' or '.', as it names the work directory",
+        allowed="must be letters, digits, '_', '-' or '.', as it names a directory",
         holds=lambda x: re.fullmatch(r"\w[\w.-]*", x) is not None,
         fix="run",
-        names=("name",),
+        names=("name", "finetune.asset_id"),
     ),
     _Range(
         allowed="must be a regular expression",

@@ -41,6 +41,9 @@ _NEIGHBOURS = {
 _CONFINED = {
     "libero": ("envs/libero_",),
     "robosuite": ("envs/libero_",),
+    "h5py": ("data/libero_hdf5.py",),
+    "pyarrow": ("data/lerobot",),
+    "av": ("data/video_reader.py",),
     "wandb": ("telemetry/writers.py",),
     "safetensors": ("models/openpi_torch.py",),
     "tensorboardX": ("telemetry/writers.py",),

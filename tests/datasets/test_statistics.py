@@ -1,0 +1,87 @@
+"""Statistics of a data set against numpy, and those that cannot be used."""
+
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jaxvla.data.normalization import load_norm_stats, normalize_on_host, save_norm_stats
+from jaxvla.data.running_stats import RunningStats
+from jaxvla.data.statistics import compute_norm_stats
+
+
+class Vectors:
+    """Samples of which only the vectors are read."""
+
+    def __init__(self, *parts: tuple[Any, Any]):
+        self._parts = parts
+
+    def vectors(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for state, actions in self._parts:
+            yield np.asarray(state, np.float32), np.asarray(actions, np.float32)
+
+
+def random_parts(seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
+    random = np.random.default_rng(seed)
+    return [(random.normal(2.0, 3.0, (n, 4)), random.uniform(-1, 1, (n, 2))) for n in (300, 1, 700)]
+
+
+def stats_of(parts: Any, kind: str = "quantile") -> Any:
+    return compute_norm_stats(Vectors(*parts), kind)  # pyright: ignore
+
+
+@pytest.mark.parametrize("kind", ["zscore", "quantile"])
+def test_against_numpy(kind: str, tmp_path: pathlib.Path) -> None:
+    parts = random_parts()
+    stats = stats_of(parts, kind)
+    assert stats.kind == kind
+    for field, index in ((stats.state, 0), (stats.actions, 1)):
+        values = np.concatenate([part[index] for part in parts]).astype(np.float32)
+        values = values.astype(np.float64)
+        np.testing.assert_allclose(field.mean, values.mean(0), rtol=1e-12)
+        np.testing.assert_allclose(field.std, values.std(0), rtol=1e-12)
+        np.testing.assert_allclose(field.q01, np.quantile(values, 0.01, axis=0), rtol=1e-12)
+        np.testing.assert_allclose(field.q99, np.quantile(values, 0.99, axis=0), rtol=1e-12)
+    path = tmp_path / "norm_stats.json"
+    save_norm_stats(stats, path)
+    again = load_norm_stats(path, kind)
+    np.testing.assert_array_equal(again.state.q01, stats.state.q01)
+    np.testing.assert_array_equal(again.actions.std, stats.actions.std)
+
+
+def test_openpis_estimate_is_close() -> None:
+    """Its histograms have 5000 bins over the range; 20,000 uniform values leave no larger gaps."""
+    random = np.random.default_rng(0)
+    parts = [(random.uniform(-2, 3, (10_000, 3)), random.uniform(-1, 1, (10_000, 2)))] * 2
+    running = RunningStats()
+    for state, _ in parts:
+        running.update(state)
+    exact, estimate = stats_of(parts).state, running.stats()
+    np.testing.assert_allclose(estimate.q01, exact.q01, atol=5.0 * 2 / 5000)
+    np.testing.assert_allclose(estimate.q99, exact.q99, atol=5.0 * 2 / 5000)
+    np.testing.assert_allclose(estimate.mean, exact.mean, atol=1e-6)
+    np.testing.assert_allclose(estimate.std, exact.std, atol=1e-6)
+
+
+def test_a_constant_dimension_stays_finite() -> None:
+    states = np.full((50, 2), 0.25)
+    stats = stats_of([(states, np.linspace(-1, 1, 50)[:, None])])
+    normalized = normalize_on_host(states, stats.state, "quantile")
+    np.testing.assert_allclose(normalized, -1.0)
+
+
+def test_a_dimension_that_hardly_ever_moves_is_refused() -> None:
+    actions = np.zeros((1000, 3))
+    actions[:, 0], actions[:, 2] = np.linspace(-1, 1, 1000), np.linspace(0, 1, 1000)
+    actions[500, 1] = 1.0
+    parts = [(np.linspace(0, 1, 1000)[:, None], actions)]
+    with pytest.raises(ValueError, match="dimension 1 of actions is constant in 98 %"):
+        stats_of(parts)
+    assert stats_of(parts, "zscore").actions.std[1] > 0.0
+
+
+def test_values_must_be_finite() -> None:
+    with pytest.raises(ValueError, match="state of the data set are not all finite"):
+        stats_of([([[1.0], [np.nan]], [[0.0], [1.0]])])
