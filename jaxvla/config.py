@@ -68,9 +68,26 @@ class ModelConfig:
     """Control steps H predicted per chunk query."""
     max_tokens: int = -1
     """Length N of the padded prompt; -1: the env's longest, rounded up to a multiple of 8."""
+    tokenizer: str = "byte"
+    """"byte": one token per byte; "paligemma": openpi's, see `jaxvla.models.tokenizer`; or the path
+    of a sentencepiece .model or of a tokenizer.json."""
+    initial_weights: str = ""
+    """What a new run begins with: an openpi checkpoint (a path, or a gs:// address that lies in
+    openpi's cache), a model.safetensors of its PyTorch port, PaliGemma's .npz, or a work directory
+    of jaxvla; empty: random weights."""
+    norm_stats: str = ""
+    """Statistics of states and actions: the path of a norm_stats.json, the asset id of one in
+    `initial_weights`, or "bounds": the env's. Empty: those of the work directory, else the only
+    ones of `initial_weights`, else the bounds."""
+    normalization: str = "quantile"
+    """What is done with them: "quantile" (pi0.5) or "zscore" (pi0)."""
 
     def validate(self) -> None:
         """Raises ConfigError when a setting cannot work, whatever the env."""
+
+    def tells_state(self) -> bool:
+        """Whether the policy reads the state in its prompt."""
+        return False
 
     def resolve(self, spec: Any, *, num_executed: int, tokenizer: Any) -> "ModelConfig":
         """A copy with every -1 filled in from the env, validated. Every model has its own.

@@ -1,14 +1,16 @@
 """The command line.
 
     python -m jaxvla.main --config=configs/quickstart.py [--config.section.field=value ...]
-                          [--workdir=DIR] [--job=train|evaluate|compile_tasks] [--judge]
-                          [--dry_run] [--noresume]
+                          [--workdir=DIR] [--job=train|evaluate|export|compile_tasks]
+                          [--judge] [--dry_run] [--noresume]
+                          [--export_dir=DIR] [--asset_id=NAME]
                           [--record_schedule=FILE] [--replay_schedule=FILE]
 
 Jobs
   train          optional supervised warm start, then asynchronous RL
   evaluate       the newest checkpoint of the work directory on fixed episodes; with --judge also
                  in the env that has the last word (LIBERO itself for libero_mjx)
+  export         that checkpoint as one of openpi, in --export_dir, which must not exist
   compile_tasks  the task files of libero_mjx, from the installed LIBERO package
 
 Exit codes: 0 finished, 1 a program failed, 2 bad usage or config, 3 stopped by a signal
@@ -37,7 +39,7 @@ from jaxvla.runtime import cpu_settings
 from jaxvla.validation import type_name, validate
 
 EXIT_FINISHED, EXIT_USAGE = 0, 2
-JOBS = ("train", "evaluate", "compile_tasks")
+JOBS = ("train", "evaluate", "export", "compile_tasks")
 
 
 def console_main() -> None:
@@ -67,6 +69,8 @@ def main(argv: Sequence[str]) -> int:
             may_resume=bool(options["resume"].value),
             command=shlex.join(["python", "-m", "jaxvla.main", *argv[1:]]),
             with_judge=bool(options["judge"].value),
+            export_dir=_path(options["export_dir"].value),
+            asset_id=str(options["asset_id"].value),
             record_schedule=_path(options["record_schedule"].value),
             replay_schedule=_path(options["replay_schedule"].value),
         )
@@ -105,6 +109,15 @@ def _define_flags() -> flags.FlagValues:
     flags.DEFINE_enum("job", "train", list(JOBS), "What to do.", flag_values=values)
     flags.DEFINE_bool("dry_run", False, "Print the plan and write nothing.", flag_values=values)
     flags.DEFINE_bool("judge", False, "Evaluate in the env's judge too.", flag_values=values)
+    flags.DEFINE_string(
+        "export_dir", None, "Where to export to; default WORKDIR/openpi.", flag_values=values
+    )
+    flags.DEFINE_string(
+        "asset_id",
+        "physical-intelligence/libero",
+        "Data set whose statistics are exported, as openpi's configs name it.",
+        flag_values=values,
+    )
     flags.DEFINE_bool("resume", True, "Continue a used work directory.", flag_values=values)
     flags.DEFINE_string(
         "record_schedule",

@@ -11,6 +11,7 @@ the remaining dimensions are padding, which is kept (by z-score as mean 0, std 1
 a normalised state lies in, and at the edge of a bin one rounding decides.
 """
 
+import hashlib
 import json
 import pathlib
 from dataclasses import dataclass
@@ -59,6 +60,16 @@ class FieldStats:
             raise ValueError("quantile normalisation needs q01 and q99, which are not recorded")
         return self.q01, self.q99
 
+    def cut(self, size: int) -> "FieldStats":
+        """Those of the first dimensions."""
+
+        def first(array: np.ndarray | None) -> np.ndarray | None:
+            return None if array is None else array[:size]
+
+        return FieldStats(
+            mean=self.mean[:size], std=self.std[:size], q01=first(self.q01), q99=first(self.q99)
+        )
+
     @classmethod
     def from_array(cls, values: np.ndarray) -> "FieldStats":
         """Statistics of [..., D] over all leading axes; percentiles are exact.
@@ -103,14 +114,48 @@ class NormStats:
 
     @classmethod
     def from_bounds(
-        cls, state_low: ArrayLike, state_high: ArrayLike, action_dim: int
+        cls,
+        state_low: ArrayLike,
+        state_high: ArrayLike,
+        action_dim: int,
+        *,
+        kind: str = "quantile",
     ) -> "NormStats":
         """Maps the state from [low, high] to [-1, 1] and keeps actions, in [-1, 1] already."""
         ones = np.ones(action_dim)
         return cls(
             state=FieldStats.from_bounds(state_low, state_high),
             actions=FieldStats.from_bounds(-ones, ones),
+            kind=kind,
         )
+
+    def cut(self, state_dim: int, action_dim: int) -> "NormStats":
+        """Those of the first dimensions: published statistics reach into the model's padding.
+
+        Raises:
+          ValueError: there are fewer.
+        """
+        for name, field, size in (
+            ("state", self.state, state_dim),
+            ("actions", self.actions, action_dim),
+        ):
+            if field.size < size:
+                raise ValueError(
+                    f"statistics of {name} have {field.size} dimensions, the env has {size}"
+                )
+        return NormStats(
+            state=self.state.cut(state_dim), actions=self.actions.cut(action_dim), kind=self.kind
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for two that normalise alike to the last bit."""
+        body = json.dumps([_field_to_json(self.state), _field_to_json(self.actions), self.kind])
+        return hashlib.sha256(body.encode()).hexdigest()[:16]
+
+    def state_affine(self) -> tuple[np.ndarray, np.ndarray]:
+        """(offset, scale), float64 [S] each: normalised state = (state - offset) / scale."""
+        return _offset_and_scale(self.state, self.kind)
 
     @property
     def state_dim(self) -> int:
@@ -155,13 +200,17 @@ def unnormalize(x: jax.Array, stats: FieldStats, kind: str) -> jax.Array:
 
 def _affine(stats: FieldStats, kind: str, x: jax.Array) -> tuple[np.ndarray, np.ndarray]:
     """Offset and scale, computed in float64, as float32 constants with the rank of x."""
+    offset, scale = _offset_and_scale(stats, kind)
+    return _fit(offset, x, 0.0), _fit(scale, x, 1.0 + _EPSILON if kind == "zscore" else 1.0)
+
+
+def _offset_and_scale(stats: FieldStats, kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """Float64 [D] each."""
     if kind == "zscore":
-        offset, scale, padding = stats.mean, stats.std + _EPSILON, 1.0 + _EPSILON
-    else:
-        q01, q99 = stats.quantiles()
-        scale, padding = (q99 - q01 + _EPSILON) / 2.0, 1.0
-        offset = q01 + scale
-    return _fit(offset, x, 0.0), _fit(scale, x, padding)
+        return stats.mean, stats.std + _EPSILON
+    q01, q99 = stats.quantiles()
+    scale = (q99 - q01 + _EPSILON) / 2.0
+    return q01 + scale, scale
 
 
 def _fit(vector: np.ndarray, x: jax.Array, padding: float) -> np.ndarray:

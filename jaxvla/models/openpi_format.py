@@ -90,12 +90,37 @@ def load_params(checkpoint: pathlib.Path, target: Params) -> Params:
     Raises:
       UsageError: there are no weights, or they do not fit the target.
     """
+    path, is_orbax = _weights_of(checkpoint)
+    return _load_orbax(path, target) if is_orbax else openpi_torch.load_safetensors(path, target)
+
+
+def check_params(checkpoint: pathlib.Path, shapes: Params) -> None:
+    """Compares names and shapes with a model's; reads no weights.
+
+    Args:
+      checkpoint: as for `load_params`.
+      shapes: a tree of anything that has a shape.
+
+    Raises:
+      UsageError: there are no weights, or they do not fit.
+    """
+    path, is_orbax = _weights_of(checkpoint)
+    if not is_orbax:
+        openpi_torch.check_safetensors(path, shapes)
+        return
+    stored = _stored_leaves(path)
+    found = {own: stored[name] for own, name in _names(stored).items()}
+    require_match(str(path), shapes_of(found), shapes_of(flatten(shapes)))
+
+
+def _weights_of(checkpoint: pathlib.Path) -> tuple[pathlib.Path, bool]:
+    """What holds a checkpoint's weights, and whether it is orbax's directory."""
     for path in (checkpoint / "params", checkpoint):
         if (path / "_METADATA").is_file():
-            return _load_orbax(path.resolve(), target)
+            return path.resolve(), True
     for path in (checkpoint / "model.safetensors", checkpoint):
         if path.suffix == ".safetensors" and path.is_file():
-            return openpi_torch.load_safetensors(path, target)
+            return path, False
     raise UsageError(
         f"{checkpoint} holds no weights of openpi: neither params/_METADATA nor "
         "model.safetensors. Fix: the directory that has one of them"
@@ -114,15 +139,24 @@ def load_stats(checkpoint: pathlib.Path, asset_id: str, kind: str) -> NormStats:
       UsageError: the checkpoint has no such asset. The message lists those that it has.
       ValueError: see `load_norm_stats`.
     """
-    is_params = checkpoint.name == "params" and not (checkpoint / "assets").is_dir()
-    assets = (checkpoint.parent if is_params else checkpoint) / "assets"
-    known = sorted(path.parent.relative_to(assets).as_posix() for path in assets.rglob(_STATS_FILE))
+    assets, known = _assets(checkpoint), asset_ids(checkpoint)
     if asset_id not in known:
         raise UsageError(
             f"asset_id = {asset_id!r}: {assets} has no {_STATS_FILE} for it. "
             f"Fix: one of those that are there: {', '.join(known) or 'none'}"
         )
     return load_norm_stats(assets / asset_id / _STATS_FILE, kind)
+
+
+def asset_ids(checkpoint: pathlib.Path) -> list[str]:
+    """Data sets whose statistics a checkpoint has."""
+    assets = _assets(checkpoint)
+    return sorted(path.parent.relative_to(assets).as_posix() for path in assets.rglob(_STATS_FILE))
+
+
+def _assets(checkpoint: pathlib.Path) -> pathlib.Path:
+    is_params = checkpoint.name == "params" and not (checkpoint / "assets").is_dir()
+    return (checkpoint.parent if is_params else checkpoint) / "assets"
 
 
 def save_checkpoint(
@@ -184,8 +218,7 @@ def _save_orbax(path: pathlib.Path, tree: Params) -> None:
 
 def _load_orbax(path: pathlib.Path, target: Params) -> Params:
     stored = _stored_leaves(path)
-    has_suffix = all(name.endswith("/value") for name in stored)
-    names = {name.removesuffix("/value") if has_suffix else name: name for name in stored}
+    names = _names(stored)
     flat, source = flat_target(target), str(path)
     found = {own: stored[name] for own, name in names.items()}
     require_match(source, shapes_of(found), shapes_of(flat))
@@ -206,6 +239,12 @@ def _stored_leaves(path: pathlib.Path) -> dict[str, Any]:
     if not isinstance(tree, dict) or "params" not in tree:
         raise UsageError(f"{path} is no params/ of openpi: its item has no entry 'params'")
     return flatten(tree["params"])
+
+
+def _names(stored: dict[str, Any]) -> dict[str, str]:
+    """Own path -> stored path."""
+    has_suffix = all(name.endswith("/value") for name in stored)
+    return {name.removesuffix("/value") if has_suffix else name: name for name in stored}
 
 
 def _restore(

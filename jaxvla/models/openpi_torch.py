@@ -30,6 +30,7 @@ from jaxvla.models.openpi_tree import (
     OPTIONAL,
     Shapes,
     flat_target,
+    flatten,
     kept,
     place,
     require_match,
@@ -133,6 +134,22 @@ def load_safetensors(path: pathlib.Path, target: Params) -> Params:
             for own, leaf in flat.items()
         }
     return nest(result)
+
+
+def check_safetensors(path: pathlib.Path, shapes: Params) -> None:
+    """Compares names and shapes with a model's; reads no tensor.
+
+    Args:
+      path: as for `load_safetensors`.
+      shapes: a tree of anything that has a shape.
+
+    Raises:
+      UsageError: as `load_safetensors`.
+    """
+    with _open(path) as file:
+        names = _used_names(list(file.keys()))
+        tensors = _Tensors(source=str(path), file=file, names=names)
+        _require_match(tensors, flatten(shapes), _rules())
 
 
 def _open(path: pathlib.Path) -> Any:

@@ -7,6 +7,7 @@ with the names and layouts of openpi's tree, which has them below `PaliGemma/`.
 
 import pathlib
 import zipfile
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jaxvla.models.layers import nest
 from jaxvla.models.openpi_tree import (
     OPTIONAL,
     flat_target,
+    flatten,
     kept,
     place,
     require_match,
@@ -49,10 +51,7 @@ def load_paligemma(path: pathlib.Path, target: Params) -> Params:
     flat, source = flat_target(target), f"{path}"
     # A pickled entry is an error of np.load, never code that runs.
     with _open(path) as file:
-        names = {_tree_path(name): name for name in file.files}
-        with zipfile.ZipFile(path) as archive:
-            found = {own: _shape(archive, name) for own, name in names.items()}
-        require_match(source, found, shapes_of(flat), optional=INITIAL)
+        names = _require_match(path, file.files, flat)
         result = {
             own: place(_as_number(file[names[own]]), leaf)
             if own in names
@@ -60,6 +59,31 @@ def load_paligemma(path: pathlib.Path, target: Params) -> Params:
             for own, leaf in flat.items()
         }
     return nest(result)
+
+
+def check_paligemma(path: pathlib.Path, shapes: Params) -> None:
+    """Compares names and shapes with a model's; reads no array.
+
+    Args:
+      path: as for `load_paligemma`.
+      shapes: a tree of anything that has a shape.
+
+    Raises:
+      UsageError: as `load_paligemma`.
+    """
+    with _open(path) as file:
+        _require_match(path, file.files, flatten(shapes))
+
+
+def _require_match(
+    path: pathlib.Path, stored: Sequence[str], flat: dict[str, Any]
+) -> dict[str, str]:
+    """Own path -> stored name."""
+    names = {_tree_path(name): name for name in stored}
+    with zipfile.ZipFile(path) as archive:
+        found = {own: _shape(archive, name) for own, name in names.items()}
+    require_match(str(path), found, shapes_of(flat), optional=INITIAL)
+    return names
 
 
 def _open(path: pathlib.Path) -> Any:

@@ -122,9 +122,7 @@ class PiPolicy:
         state = self._model_state(observation)
         actions, trace, log_prob = self.sample(params, prefix, state, keys, explore)
         return PolicySample(
-            actions=self._normalizer.unnormalize_actions(
-                actions[:, :, : self._normalizer.action_dim]
-            ),
+            actions=self._env_actions(actions, observation),
             trace=trace,
             log_prob=log_prob,
             value=self.value(params, prefix, state),
@@ -165,7 +163,8 @@ class PiPolicy:
         terms = {}
         if batch.actions is not None:
             state = self._model_state(batch.observation)
-            actions = self._normalizer.normalize_actions(batch.actions)
+            relative = batch.actions - self._origin(batch.observation)
+            actions = self._normalizer.normalize_actions(relative)
             terms["actions"] = self._imitation_loss(params, prefix, state, actions, key)
         if batch.target_mask is not None and self.config.grounding_coef:
             loss = grounding.grounding_loss(
@@ -298,6 +297,16 @@ class PiPolicy:
         """Normalised state, zero-padded to the model's width."""
         state = self._normalizer.normalize_state(observation.state)
         return _pad_last(state, self.config.state_dim)
+
+    def _env_actions(self, actions: jax.Array, observation: Observation) -> jax.Array:
+        """Normalised actions [B, H, action_dim] as the env takes them."""
+        known = actions[:, :, : self._normalizer.action_dim]
+        return self._normalizer.unnormalize_actions(known) + self._origin(observation)
+
+    def _origin(self, observation: Observation) -> jax.Array:
+        """What actions are relative to: float32 [B, 1, A], the state in `delta_dims`, else 0."""
+        origin = observation.state[:, : self.config.delta_dims]
+        return _pad_last(origin, self._normalizer.action_dim)[:, None, :]
 
     def _score(self, trace: flow.FlowTrace, mean: jax.Array, std: jax.Array) -> jax.Array:
         return flow.chunk_log_prob(

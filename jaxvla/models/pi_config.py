@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from jaxvla.config import ConfigError, ModelConfig, override
 from jaxvla.models import gemma, siglip
 from jaxvla.models.prompts import encode_prompt
+from jaxvla.models.state_prompts import longest_prompt
 from jaxvla.models.tokenizer import Tokenizer
 from jaxvla.types import EnvSpec
 
 _CHOICES = {
     "time_conditioning": ("adarms", "concat"),
-    "state_input": ("token", "none"),
+    "state_input": ("token", "prompt", "none"),
+    "normalization": ("quantile", "zscore"),
     "exploration": ("sde", "cps"),
     "dtype": ("float32", "bfloat16"),
 }
@@ -65,7 +67,11 @@ class PiConfig(ModelConfig):
     """"adarms": the flow time modulates every norm of the action expert (pi0.5);
     "concat": it is mixed into the action tokens (pi0)."""
     state_input: str = "token"
-    """"token": the state is a suffix token (pi0); "none": it is not an input (pi0.5)."""
+    """"token": the state is a suffix token (pi0); "prompt": it is told in the prompt (pi0.5);
+    "none": it is not an input (openpi's pi05_libero)."""
+    delta_dims: int = 0
+    """Actions are predicted relative to the state in their first dimensions, as many as this; 6
+    for openpi's pi0_libero."""
     vlm_lora_rank: int = 0
     """Rank of low-rank adapters of the language model (LoRA); 0: none. They learn in the place of
     the weights when `optimizer.trainable` leaves those out, as "lora_" does."""
@@ -108,7 +114,7 @@ class PiConfig(ModelConfig):
         Raises:
           ConfigError: the sizes do not fit each other or the env.
         """
-        longest = max(len(encode_prompt(tokenizer, text)) for text in spec.instructions)
+        longest = self._longest_prompt(spec, tokenizer)
         env_sizes = {
             "image_size": spec.image_size,
             "num_cameras": len(spec.cameras),
@@ -128,8 +134,23 @@ class PiConfig(ModelConfig):
         for name in ("max_tokens", "state_dim", "action_dim", "vocab_size"):
             fits = getattr(resolved, name) >= least[name]
             require(resolved, name, fits, f"must be >= {least[name]}", "raise it")
+        most = min(spec.state_dim, spec.action_dim)
+        require(resolved, "delta_dims", self.delta_dims <= most, f"must be <= {most}", "lower it")
         resolved.validate()
         return resolved
+
+    def tells_state(self) -> bool:
+        """See `ModelConfig.tells_state`."""
+        return self.state_input == "prompt"
+
+    def _longest_prompt(self, spec: EnvSpec, tokenizer: Tokenizer) -> int:
+        if not self.tells_state():
+            return max(len(encode_prompt(tokenizer, text)) for text in spec.instructions)
+        try:
+            return longest_prompt(tokenizer, spec.instructions, spec.state_dim)
+        except ValueError as error:
+            fix = override("model.state_input", "none")
+            raise ConfigError("model.state_input", "prompt", str(error), fix) from error
 
     def validate(self) -> None:
         """Checks what holds for any env. Sizes that the env gives may still be -1.

@@ -19,6 +19,12 @@ NUM_STATE_BINS = 256
 """Bins of a state dimension in pi0.5's prompt."""
 
 
+def clean(text: str) -> str:
+    """An instruction as prompts have it: no blanks around it, spaces for underscores and line
+    breaks."""
+    return text.strip().replace("_", " ").replace("\n", " ")
+
+
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
     """Ids of an instruction in pi0's prompt form, unpadded.
 
@@ -26,7 +32,7 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
     beginning of sequence, the text, and a line break that marks the start of the answer.
     """
     # The line break is encoded apart: within the text it could become part of another piece.
-    return tokenizer.encode(_clean(text), add_bos=True) + tokenizer.encode("\n")
+    return tokenizer.encode(clean(text), add_bos=True) + tokenizer.encode("\n")
 
 
 def encode_state_prompt(tokenizer: Tokenizer, text: str, state: ArrayLike) -> list[int]:
@@ -41,7 +47,7 @@ def encode_state_prompt(tokenizer: Tokenizer, text: str, state: ArrayLike) -> li
       ValueError: as `state_bins`.
     """
     numbers = " ".join(str(index) for index in state_bins(state))
-    prompt = f"Task: {_clean(text)}, State: {numbers};\nAction: "
+    prompt = f"Task: {clean(text)}, State: {numbers};\nAction: "
     return tokenizer.encode(prompt, add_bos=True)
 
 
@@ -117,7 +123,3 @@ def tokenize_prompt(
             f"instruction {text!r} has {len(encoded)} tokens, the limit max_tokens is {max_tokens}"
         )
     return pad_prompt(encoded, max_tokens, pad_id=tokenizer.pad_id)
-
-
-def _clean(text: str) -> str:
-    return text.strip().replace("_", " ").replace("\n", " ")

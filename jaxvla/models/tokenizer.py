@@ -148,6 +148,23 @@ class HFTokenizer:
         return [self.bos_id, *ids] if add_bos else ids
 
 
+def make_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer that `model.tokenizer` names.
+
+    Args:
+      name: "byte", "paligemma" (see `paligemma_tokenizer_path`), or the path of a sentencepiece
+        model or, where it ends in ".json", of a tokenizer.json.
+
+    Raises:
+      ValueError: there is no such file, it cannot be read, or its package is not installed.
+    """
+    if name == "byte":
+        return ByteTokenizer()
+    if name == "paligemma":
+        return SentencePieceTokenizer(paligemma_tokenizer_path())
+    return HFTokenizer(name) if name.endswith(".json") else SentencePieceTokenizer(name)
+
+
 def paligemma_tokenizer_path(path: str | os.PathLike[str] | None = None) -> pathlib.Path:
     """File of PaliGemma's sentencepiece model, which pi0 and pi0.5 were trained with.
 

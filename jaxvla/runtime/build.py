@@ -20,7 +20,13 @@ from jaxvla import rng, sharding
 from jaxvla.algorithms import ALGORITHMS
 from jaxvla.assignment import most_groups
 from jaxvla.checkpoint import Checkpointer
-from jaxvla.config import ConfigError, ExperimentConfig, OptimizerConfig, override
+from jaxvla.config import (
+    ConfigError,
+    ExperimentConfig,
+    ModelConfig,
+    OptimizerConfig,
+    override,
+)
 from jaxvla.data.normalization import NormStats
 from jaxvla.envs import ENVS
 from jaxvla.layout import Layout, parse_layout
@@ -28,8 +34,15 @@ from jaxvla.learning.optimizer import make_optimizer
 from jaxvla.learning.train_state import TrainState, init_state, state_shardings
 from jaxvla.learning.train_step import TrainFunctions
 from jaxvla.models import MODELS
-from jaxvla.models.prompts import tokenize_prompt
-from jaxvla.models.tokenizer import ByteTokenizer, Tokenizer
+from jaxvla.models.prompts import encode_prompt, pad_prompt
+from jaxvla.models.state_prompts import head_ids, make_state_text
+from jaxvla.models.tokenizer import Tokenizer
+from jaxvla.runtime.pretrained import (
+    CHECKPOINTS,
+    find_stats,
+    find_tokenizer,
+    load_initial_weights,
+)
 from jaxvla.serving.sampling import Sampler
 from jaxvla.simulation.unroll import TokenTable
 from jaxvla.types import EnvSpec, Observation, Params, PolicySample, Trajectory, stand_in
@@ -45,6 +58,8 @@ class Blueprint:
     policy: Any
     layout: Layout
     tokenizer: Tokenizer
+    stats: NormStats
+    """Of states and actions, which the policy normalises with."""
     table: TokenTable
     """numpy arrays."""
 
@@ -106,24 +121,35 @@ class Blueprint:
             policy_version=struct(np.int32),
         )
 
+    @property
+    def identity(self) -> dict[str, str]:
+        """What weights mean beyond their shapes: token ids of another tokenizer are other words,
+        actions of other statistics are other motions."""
+        return {
+            "tokenizer": self.tokenizer.fingerprint,
+            "norm_stats": self.stats.fingerprint,
+        }
+
     def checkpointer(self, workdir: pathlib.Path) -> Checkpointer:
-        """Of the run in a work directory. Token ids of another tokenizer mean other words."""
+        """Of the run in a work directory."""
         return Checkpointer(
-            workdir / "checkpoints",
-            keep=self.config.checkpoint.keep,
-            identity={"tokenizer": self.tokenizer.fingerprint},
+            workdir / CHECKPOINTS, keep=self.config.checkpoint.keep, identity=self.identity
         )
 
 
-def draw_blueprint(config: ExperimentConfig) -> Blueprint:
+def draw_blueprint(config: ExperimentConfig, workdir: pathlib.Path | None = None) -> Blueprint:
     """Resolves a validated config.
+
+    Args:
+      config: validated.
+      workdir: of the run, whose statistics are kept; None: it has none yet.
 
     Raises:
       ConfigError: the sections do not fit each other.
       ValueError: a plug-in is unknown or an optional package is missing.
     """
     env = ENVS.get(config.env.name)(config.env)
-    tokenizer = ByteTokenizer()
+    tokenizer = find_tokenizer(config.model)
     model = config.model.resolve(
         env.spec, num_executed=config.env.num_executed, tokenizer=tokenizer
     )
@@ -131,23 +157,39 @@ def draw_blueprint(config: ExperimentConfig) -> Blueprint:
         config, env=env.config, model=model, serving=_resolve_serving(config)
     )
     spec = env.spec
-    stats = NormStats.from_bounds(
-        np.asarray(spec.state_low), np.asarray(spec.state_high), spec.action_dim
-    )
-    prompts = [tokenize_prompt(tokenizer, text, model.max_tokens) for text in spec.instructions]
+    stats = find_stats(config.model, spec, workdir)
     blueprint = Blueprint(
         config=config,
         env=env,
         policy=MODELS.get(model.name)(model, stats),
         layout=parse_layout(config.meshes.layout),
         tokenizer=tokenizer,
-        table=TokenTable(
-            tokens=stand_in(np.stack([ids for ids, _ in prompts])),
-            mask=stand_in(np.stack([mask for _, mask in prompts])),
-        ),
+        stats=stats,
+        table=_make_table(model, spec, tokenizer, stats),
     )
     _require_frozen_encoder(blueprint)
     return blueprint
+
+
+def _make_table(
+    model: ModelConfig, spec: EnvSpec, tokenizer: Tokenizer, stats: NormStats
+) -> TokenTable:
+    """Prompts of all instructions, whole or without the state that is still to be told."""
+    tells_state = model.tells_state()
+    if tells_state:
+        ids = [head_ids(tokenizer, text) for text in spec.instructions]
+    else:
+        ids = [encode_prompt(tokenizer, text) for text in spec.instructions]
+    # `resolve` has seen to it that the longest one fits.
+    prompts = [pad_prompt(x, model.max_tokens, pad_id=tokenizer.pad_id) for x in ids]
+    offset, scale = stats.state_affine()
+    return TokenTable(
+        tokens=stand_in(np.stack([ids for ids, _ in prompts])),
+        mask=stand_in(np.stack([mask for _, mask in prompts])),
+        state_text=make_state_text(tokenizer, spec.instructions, offset=offset, scale=scale)
+        if tells_state
+        else None,
+    )
 
 
 def _require_frozen_encoder(blueprint: Blueprint) -> None:
@@ -263,6 +305,14 @@ class Parts:
         return Training(functions=functions, optimizer=optimizer, struct=struct, placed=placed)
 
     def fresh_params(self, training: Training) -> Params:
-        """Initial parameters, made directly where they will live."""
+        """Initial parameters, random or from a file, made directly where they will live."""
+        if self.config.model.initial_weights:
+            return load_initial_weights(
+                self.blueprint.policy,
+                self.config.model,
+                training.placed.params,
+                key=rng.stream(self.root, "init"),
+                identity=self.blueprint.identity,
+            )
         init = jax.jit(self.blueprint.policy.init, out_shardings=training.placed.params)
         return init(rng.stream(self.root, "init"))

@@ -12,13 +12,14 @@ from jaxvla.evaluation.evaluator import Evaluator
 from jaxvla.evaluation.statistics import EvaluationResult, table
 from jaxvla.runtime.build import Blueprint, Parts, draw_blueprint
 from jaxvla.runtime.groups import Groups
+from jaxvla.runtime.pretrained import PARAMS, restore_params
 from jaxvla.telemetry.metrics import MetricRecorder
 from jaxvla.telemetry.progress import Screen
 from jaxvla.telemetry.writers import write_json
 
 EXIT_FINISHED, EXIT_STOPPED = 0, 3
 
-EVALUATED = "state/params/"
+EVALUATED = PARAMS
 """Paths of what an evaluation reads of a checkpoint. It needs neither the optimizer nor the env
 groups of the run, and so may have others."""
 
@@ -39,15 +40,16 @@ def restore_evaluated(parts: Parts, workdir: pathlib.Path) -> Restored | None:
     Raises:
       CheckpointMismatchError, CorruptCheckpointError: see `Checkpointer.restore`.
     """
-    checkpointer = parts.blueprint.checkpointer(workdir)
-    try:
-        return checkpointer.restore(lambda _: evaluated_target(parts), within=EVALUATED)
-    finally:
-        checkpointer.close()
+    target = evaluated_target(parts)["state"]["params"]
+    return restore_params(parts.blueprint.checkpointer(workdir), target)
 
 
-def draw_judge(blueprint: Blueprint) -> Blueprint:
+def draw_judge(blueprint: Blueprint, workdir: pathlib.Path) -> Blueprint:
     """The same policy in the env that judges it.
+
+    Args:
+      blueprint: of the run.
+      workdir: of the run, which has the policy's statistics.
 
     Raises:
       ConfigError: the env has no judge.
@@ -58,7 +60,7 @@ def draw_judge(blueprint: Blueprint) -> Blueprint:
     simulation = dataclasses.replace(
         config.simulation, envs_per_group=config.evaluation.num_judge_envs
     )
-    return draw_blueprint(dataclasses.replace(config, env=env, simulation=simulation))
+    return draw_blueprint(dataclasses.replace(config, env=env, simulation=simulation), workdir)
 
 
 def evaluate_checkpoint(

@@ -15,6 +15,7 @@ import numpy as np
 from jaxvla.algorithms import ALGORITHMS
 from jaxvla.checkpoint import CorruptCheckpointError
 from jaxvla.config import ConfigError, ExperimentConfig, UsageError, override, to_dict
+from jaxvla.data.normalization import save_norm_stats
 from jaxvla.envs import ENVS
 from jaxvla.envs.base import GroundedEnv, device_scenes
 from jaxvla.learning.optimizer import make_optimizer
@@ -28,7 +29,9 @@ from jaxvla.runtime.evaluate import (
     evaluate_checkpoint,
     evaluated_target,
 )
+from jaxvla.runtime.export import check_export, export
 from jaxvla.runtime.groups import Groups
+from jaxvla.runtime.pretrained import CHECKPOINTS, STATS_FILE, check_initial_weights
 from jaxvla.runtime.signals import stop_on_signals
 from jaxvla.telemetry.metrics import MetricRecorder
 from jaxvla.telemetry.progress import Screen
@@ -38,6 +41,8 @@ from jaxvla.transport.schedule_file import ScheduleRecorder, ScheduleReplay
 from jaxvla.validation import validate_devices
 
 EXIT_FINISHED, EXIT_UNSAFE = 0, 4
+_READERS = ("evaluate", "export")
+"""Jobs that only read the policy of a work directory."""
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "mujoco", "mujoco-mjx", "numpy")
 
 
@@ -50,19 +55,23 @@ def run(
     may_resume: bool,
     command: str,
     with_judge: bool = False,
+    export_dir: pathlib.Path | None = None,
+    asset_id: str = "",
     record_schedule: pathlib.Path | None = None,
     replay_schedule: pathlib.Path | None = None,
 ) -> int:
     """Runs one job.
 
     Args:
-      job: "train", "evaluate" or "compile_tasks".
+      job: one of `jaxvla.main.JOBS`.
       config: validated, not resolved.
       workdir: where to write.
       is_dry_run: print the plan only.
       may_resume: a used work directory is continued; otherwise it is refused.
       command: the command line that was given, for "next" lines.
       with_judge: evaluate in the env's judge too.
+      export_dir: where to export to, see `jaxvla.runtime.export`.
+      asset_id: of the exported statistics.
       record_schedule: new file to write the schedule of the run to.
       replay_schedule: file of the schedule to follow.
 
@@ -85,8 +94,8 @@ def run(
     # Before the env is made, which may put arrays on a device.
     validate_devices(config, _num_devices())
     try:
-        blueprint = draw_blueprint(config)
-        judge = draw_judge(blueprint) if with_judge else None
+        blueprint = draw_blueprint(config, workdir)
+        judge = draw_judge(blueprint, workdir) if with_judge else None
     except ConfigError:
         raise
     except ValueError as error:  # an optional package, or a library of it, is missing
@@ -101,6 +110,13 @@ def run(
             sys.stdout.write(line + "\n")
         return EXIT_FINISHED
     _check_checkpoint(blueprint, workdir, job)
+    if job == "export":
+        export_dir = export_dir or workdir / "openpi"
+        check_export(blueprint, export_dir)
+        with Screen(sys.stdout, num_updates=0) as screen:
+            return export(blueprint, workdir, export_dir, asset_id, screen)
+    if job == "train" and not (workdir / CHECKPOINTS).is_dir():
+        check_initial_weights(blueprint.policy, blueprint.config.model, blueprint.identity)
     _configure_jax(config)
     schedule = replay or _recorder(record_schedule, blueprint)
     try:
@@ -249,7 +265,7 @@ def _check_checkpoint(blueprint: Blueprint, workdir: pathlib.Path, job: str) -> 
 
     checkpointer = blueprint.checkpointer(workdir)
     try:
-        if job == "evaluate":
+        if job in _READERS:
             checkpointer.check(lambda _: evaluated_target(parts), within=EVALUATED)
         else:
             checkpointer.check(target)
@@ -277,9 +293,9 @@ def _check_workdir(workdir: pathlib.Path, job: str, may_resume: bool) -> None:
         raise UsageError(
             f"--workdir={workdir}: is not empty and --noresume was given. Fix: --workdir=NEW_DIR"
         )
-    if job == "evaluate" and not (workdir / "checkpoints").is_dir():
+    if job in _READERS and not (workdir / CHECKPOINTS).is_dir():
         raise UsageError(
-            f"--workdir={workdir}: holds no checkpoints to evaluate. Fix: run --job=train with it"
+            f"--workdir={workdir}: holds no checkpoints to {job}. Fix: run --job=train with it"
         )
 
 
@@ -316,7 +332,8 @@ def _recorder(path: pathlib.Path | None, blueprint: Blueprint) -> Schedule:
 
 
 def _write_config(blueprint: Blueprint, workdir: pathlib.Path) -> None:
-    """config.json: the resolved config and what it ran on."""
+    """config.json: the resolved config and what it ran on. norm_stats.json: what a policy needs
+    beside its weights."""
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(
         workdir / "config.json",
@@ -328,6 +345,7 @@ def _write_config(blueprint: Blueprint, workdir: pathlib.Path) -> None:
             "devices": [str(device) for device in jax.devices()],
         },
     )
+    save_norm_stats(blueprint.stats, workdir / STATS_FILE)
 
 
 def _git_commit() -> str | None:

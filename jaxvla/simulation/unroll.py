@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxvla.envs.base import DeviceEnv, EnvState, FixedStartsEnv
+from jaxvla.models.state_prompts import StateText
 from jaxvla.types import ChunkResult, EnvObservation, Observation, stand_in
 
 
@@ -25,9 +26,11 @@ class TokenTable:
     """Tokenised instructions, looked up by instruction id."""
 
     tokens: jax.Array
-    """int32 [instructions, N]."""
+    """int32 [instructions, N]; only the prompt's head where `state_text` is to follow."""
     mask: jax.Array
     """bool [instructions, N]."""
+    state_text: StateText | None = None
+    """How prompts tell the state, for policies that read it there."""
 
     def on_device(self) -> "TokenTable":
         """The same table as jax arrays, for use inside jitted functions."""
@@ -35,12 +38,15 @@ class TokenTable:
 
     def complete(self, seen: EnvObservation) -> Observation:
         """Adds the tokens of the instruction to what the env shows."""
+        tokens, mask = self.tokens[seen.instruction], self.mask[seen.instruction]
+        if self.state_text is not None:
+            tokens, mask = self.state_text.append(tokens, mask, seen.state)
         return Observation(
             images=seen.images,
             image_mask=stand_in(np.ones(seen.images.shape[:-3], bool)),
             state=seen.state,
-            tokens=self.tokens[seen.instruction],
-            token_mask=self.mask[seen.instruction],
+            tokens=tokens,
+            token_mask=mask,
         )
 
 

@@ -165,6 +165,25 @@ def test_units_are_the_envs(policy, params, observation, sample, quick_jit) -> N
     assert_close(result, sample.replace(actions=4.0 * sample.actions), atol=5e-5)
 
 
+def test_delta_actions_are_relative_to_the_state(
+    policy, params, observation, sample, quick_jit
+) -> None:
+    relative = variant(policy, delta_dims=2)
+    acted = quick_jit(functools.partial(relative.act, explore=True))(
+        params, observation, keys_of(5)
+    )
+    shift = np.zeros((5, 1, policy._normalizer.action_dim), np.float32)
+    shift[:, 0, :2] = observation.state[:, :2]
+    assert_close(acted.actions, sample.actions + shift)
+    assert_close(acted.log_prob, sample.log_prob)
+    # What it would have to predict is what a policy of absolute actions has to, less the state.
+    absolute = SupervisedBatch(observation=observation, actions=sample.actions, target_mask=None)
+    moved = dataclasses.replace(absolute, actions=sample.actions + shift)
+    loss = quick_jit(policy.supervised_loss)(params, absolute, jax.random.key(3))
+    loss_of_moved = quick_jit(relative.supervised_loss)(params, moved, jax.random.key(3))
+    assert_close(loss_of_moved["actions"], loss["actions"], atol=1e-4)
+
+
 def test_padded_dimensions_stay_inside(spec, observation, quick_jit) -> None:
     config = dataclasses.replace(tiny_config(), state_dim=8, action_dim=7, action_horizon=6)
     policy = make_policy(config, spec)

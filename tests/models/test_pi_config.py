@@ -52,7 +52,7 @@ def test_resolve_keeps_what_is_set(spec) -> None:
         ("log_prob_steps", 9),
         ("log_prob_dims", 4),
         ("time_conditioning", "film"),
-        ("state_input", "prompt"),
+        ("state_input", "text"),
         ("dtype", "float16"),
         ("exploration", "noise"),
         ("noise_level", 0.0),

@@ -1,0 +1,61 @@
+"""The export job: the newest checkpoint of a work directory as one that openpi loads."""
+
+import pathlib
+
+import jax
+
+from jaxvla.config import UsageError
+from jaxvla.models.openpi_format import save_checkpoint
+from jaxvla.models.pi import PiPolicy
+from jaxvla.runtime.build import Blueprint, Parts
+from jaxvla.runtime.evaluate import restore_evaluated
+from jaxvla.telemetry.progress import Screen
+
+EXIT_FINISHED = 0
+
+
+def check_export(blueprint: Blueprint, directory: pathlib.Path) -> None:
+    """Refuses what cannot be exported.
+
+    Raises:
+      UsageError: the directory exists, or openpi has no such model.
+    """
+    if directory.exists():
+        raise UsageError(
+            f"--export_dir={directory}: exists and is not overwritten. Fix: --export_dir=NEW_DIR"
+        )
+    if not isinstance(blueprint.policy, PiPolicy):
+        name = blueprint.config.model.name
+        raise UsageError(
+            f"config.model.name = {name!r}: openpi has no such model. Fix: a model of the family pi"
+        )
+
+
+def export(
+    blueprint: Blueprint,
+    workdir: pathlib.Path,
+    directory: pathlib.Path,
+    asset_id: str,
+    screen: Screen,
+) -> int:
+    """Writes params/ and assets/; returns the exit code of the contract.
+
+    Args:
+      blueprint: of the run.
+      workdir: of the run.
+      directory: to be made.
+      asset_id: name of the data set whose statistics the policy has.
+      screen: where to show.
+
+    Raises:
+      UsageError: see `save_checkpoint`, or there is no checkpoint.
+    """
+    restored = restore_evaluated(Parts(blueprint), workdir)
+    if restored is None:
+        raise UsageError(f"--workdir={workdir}: holds no complete checkpoint. Fix: train first")
+    params = restored.arrays["state"]["params"]
+    with screen.phase(f"export update {restored.step}"):
+        save_checkpoint(directory, params, stats=blueprint.stats, asset_id=asset_id)
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    screen.message(f"{count:,} parameters in {directory}, statistics of {asset_id}")
+    return EXIT_FINISHED
