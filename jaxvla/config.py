@@ -178,8 +178,8 @@ class DatasetConfig:
     """Where they are from: expert (the env's, scripted), or an entry of the dataset registry:
     recorded, libero_hdf5, lerobot."""
     path: str = ""
-    """Directory, or one file of libero_hdf5. For "expert": where they are recorded to, or read
-    from if they were recorded there; empty keeps them in memory."""
+    """Directory, or one file of libero_hdf5. For "expert": where they are recorded, unless they
+    have been already; empty: demonstrations/ in the work directory."""
     num_episodes: int = 128
     """Of the expert: episodes, split evenly over the tasks."""
     noise_std: float = 0.5
@@ -218,10 +218,8 @@ class FinetuneConfig:
     checkpoint_interval: int = 200
     """Optimizer steps between checkpoints; the last step is always saved."""
     compute_norm_stats: bool = False
-    """Normalise by statistics of the data set, kept in assets/ASSET_ID/norm_stats.json of the work
-    directory, where every job on that directory finds them."""
-    asset_id: str = "dataset"
-    """See `compute_norm_stats`."""
+    """Normalise by statistics of the data set. They are computed once and kept in the work
+    directory, where every job finds them; `model.norm_stats` must be empty."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
 

@@ -171,10 +171,10 @@ _RANGES = (
         names=("checkpoint.keep",),
     ),
     _Range(
-        allowed="must be letters, digits, '_', '-' or '.', as it names a directory",
+        allowed="must be letters, digits, '_', '-' or '.', as it names the work directory",
         holds=lambda x: re.fullmatch(r"\w[\w.-]*", x) is not None,
         fix="run",
-        names=("name", "finetune.asset_id"),
+        names=("name",),
     ),
     _Range(
         allowed="must be a regular expression",

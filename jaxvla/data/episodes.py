@@ -4,7 +4,7 @@ Every format is an `EpisodeDataset`; `EpisodeSamples` makes supervised batches o
 actions and lengths are small, images are read for the samples of a batch only.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,15 +12,14 @@ import jax
 import numpy as np
 
 from jaxvla.config import DatasetConfig
-from jaxvla.data.demonstrations import num_samples
 from jaxvla.data.images import resize_with_pad_on_host
 from jaxvla.types import Observation, SupervisedBatch, stand_in
 
 NO_CAMERA = "-"
 """Stands in a list of cameras for one that the data set does not have."""
 
-Prompt = Callable[[str], tuple[np.ndarray, np.ndarray]]
-"""From an instruction to its tokens int32 [N] and their mask bool [N]."""
+Prompt = Callable[[str, np.ndarray], tuple[np.ndarray, np.ndarray]]
+"""From an instruction and a state [S] to the prompt's tokens int32 [N] and mask bool [N]."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,51 +73,8 @@ class EpisodeDataset(Protocol):
         ...
 
 
-class Samples(Protocol):
-    """Labelled observations by number."""
-
-    @property
-    def num_samples(self) -> int:
-        """Samples N."""
-        ...
-
-    def read(self, rows: np.ndarray) -> SupervisedBatch:
-        """Samples [B, ...] of given numbers, int [B] in [0, N), as numpy arrays."""
-        ...
-
-    def vectors(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """States [n, S] and actions [n, A] of all control steps, part by part."""
-        ...
-
-    def close(self) -> None:
-        """Closes files."""
-        ...
-
-
-class MemorySamples:
-    """Samples that are in memory. Implements `Samples`."""
-
-    def __init__(self, samples: SupervisedBatch):
-        self._samples = samples
-        self.num_samples = num_samples(samples)
-
-    def read(self, rows: np.ndarray) -> SupervisedBatch:
-        """See `Samples.read`."""
-        return jax.tree.map(lambda x: x[rows], self._samples)
-
-    def vectors(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """See `Samples.vectors`. Of every chunk the first action is its own step's."""
-        actions = self._samples.actions
-        if actions is None:
-            raise ValueError("the samples have no actions")
-        yield np.asarray(self._samples.observation.state), np.asarray(actions)[:, 0]
-
-    def close(self) -> None:
-        """Holds no file."""
-
-
 class EpisodeSamples:
-    """One sample per control step of a data set. Implements `Samples`.
+    """One sample per control step of a data set.
 
     A sample's label is the chunk of actions that follows its frame; where the episode ends
     within it, the last action is repeated, as openpi and LeRobot do.
@@ -134,37 +90,28 @@ class EpisodeSamples:
         prompt: Prompt,
     ):
         """Args:
-        dataset: where to read; closed with this.
+        dataset: where to read.
         cameras: names in the order of the policy's C axis, NO_CAMERA for missing ones.
         image_size: pixels of the square images that the policy reads.
         action_horizon: steps H of a chunk.
-        prompt: see `Prompt`; each instruction is encoded once.
+        prompt: see `Prompt`.
         """
         self._dataset = dataset
         self._cameras = tuple(cameras)
         self._image_size = image_size
         self._steps = np.arange(action_horizon)
-        self._prompts = {text: prompt(text) for text in dataset.instructions}
+        self._prompt = prompt
         self._ends = np.cumsum(np.asarray(dataset.num_steps, np.int64))
         self.num_samples = int(self._ends[-1])
 
     def read(self, rows: np.ndarray) -> SupervisedBatch:
-        """See `Samples.read`."""
+        """Samples [B, ...] of given numbers, int [B] in [0, num_samples), as numpy arrays."""
         # In the order of the files, so that what was read for one sample serves the next.
         order = np.argsort(rows, kind="stable")
         parts = [self._sample(int(row)) for row in rows[order]]
         batch: SupervisedBatch = jax.tree.map(lambda *x: np.stack(x), *parts)
         back = np.argsort(order, kind="stable")
         return jax.tree.map(lambda x: x[back], batch)
-
-    def vectors(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """See `Samples.vectors`."""
-        for episode, length in enumerate(self._dataset.num_steps):
-            yield self._dataset.states(episode), self._dataset.actions(episode)[:length]
-
-    def close(self) -> None:
-        """Closes the data set."""
-        self._dataset.close()
 
     def where(self, row: int) -> tuple[int, int]:
         """(episode, step) of a sample."""
@@ -177,7 +124,7 @@ class EpisodeSamples:
         episode, step = self.where(row)
         present = [name for name in self._cameras if name != NO_CAMERA]
         frame = self._dataset.frame(episode, step, present)
-        tokens, token_mask = self._prompts[frame.instruction]
+        tokens, token_mask = self._prompt(frame.instruction, frame.state)
         actions = self._dataset.actions(episode)
         chunk = actions[np.minimum(step + self._steps, len(actions) - 1)]
         return SupervisedBatch(

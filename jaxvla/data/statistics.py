@@ -2,28 +2,30 @@
 
 import numpy as np
 
-from jaxvla.data.episodes import Samples
+from jaxvla.data.episodes import EpisodeDataset
 from jaxvla.data.normalization import FieldStats, NormStats
 
 _NARROW = 1e-5
 """Width between percentiles, as a share of the whole range, below which they coincide."""
 
 
-def compute_norm_stats(samples: Samples, kind: str) -> NormStats:
+def compute_norm_stats(dataset: EpisodeDataset, kind: str) -> NormStats:
     """Exact statistics of the states and actions of all control steps, each counted once.
 
     openpi (scripts/compute_norm_stats.py) counts an action once for every chunk that it lies in,
     and estimates percentiles from histograms; the difference is small.
 
     Args:
-      samples: the data set; its states and actions are held in memory meanwhile.
+      dataset: demonstrations; their states and actions are held in memory meanwhile.
       kind: "zscore" or "quantile".
 
     Raises:
       ValueError: a value is not finite; or, for quantiles, a dimension is constant in 98 % of the
         steps and not in the others, which would be normalised to millions.
     """
-    states, actions = zip(*samples.vectors(), strict=True)
+    lengths = list(enumerate(dataset.num_steps))
+    states = [dataset.states(episode) for episode, _ in lengths]
+    actions = [dataset.actions(episode)[:length] for episode, length in lengths]
     fields = {}
     for name, parts in (("state", states), ("actions", actions)):
         values = np.concatenate(parts)

@@ -23,6 +23,8 @@ class TrainState:
     """int32 [], optimizer steps that were applied."""
     num_skipped: jax.Array
     """int32 [], optimizer steps that were skipped because the gradient was not finite."""
+    ema: Params | None = None
+    """float32, moving average of `params` over the steps; None where none is kept."""
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
@@ -49,11 +51,8 @@ def apply_gradients(
     """
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params: Any = optax.apply_updates(state.params, updates)
-    stepped = TrainState(
-        params=params,
-        opt_state=opt_state,
-        num_steps=state.num_steps + 1,
-        num_skipped=state.num_skipped,
+    stepped = dataclasses.replace(
+        state, params=params, opt_state=opt_state, num_steps=state.num_steps + 1
     )
     skipped = dataclasses.replace(state, num_skipped=state.num_skipped + 1)
     is_finite = jnp.isfinite(grad_norm)

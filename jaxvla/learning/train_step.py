@@ -23,6 +23,7 @@ from jaxvla.algorithms.returns import Moments
 from jaxvla.learning import gradients
 from jaxvla.learning.gradients import GradientSum, SplitSum
 from jaxvla.learning.optimizer import freeze, trained, trained_norm, untrained_as_zeros
+from jaxvla.learning.supervised import mean_loss
 from jaxvla.learning.train_state import TrainState, apply_gradients
 from jaxvla.models.base import Policy
 from jaxvla.types import Params, SupervisedBatch, TrainingBatch, Trajectory
@@ -244,9 +245,7 @@ class TrainFunctions:
 
         def loss(params: Params) -> tuple[jax.Array, Metrics]:
             params = freeze(params, self._trainable)
-            terms = self._policy.supervised_loss(params, batch, key)
-            means = {f"loss/{name}": term.mean() for name, term in terms.items()}
-            return jnp.sum(jnp.stack(list(means.values()))), means
+            return mean_loss(self._policy.supervised_loss(params, batch, key))
 
         (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
         state, norm = self._apply(state, grads)

@@ -1,11 +1,11 @@
 """The supervised start: labelled observations, before RL."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 
-from jaxvla import rng
 from jaxvla.algorithms.base import Metrics
+from jaxvla.learning.supervised import supervised_steps
 from jaxvla.learning.train_state import TrainState
 from jaxvla.learning.train_step import TrainFunctions
 from jaxvla.types import SupervisedBatch
@@ -37,11 +37,21 @@ def fit(
       The trained state and the metrics of the last step, or None when asked to stop.
     """
     metrics: Metrics = {}
-    for step, batch in enumerate(batches):
-        if should_stop():
-            return None
-        batch = jax.device_put(batch, functions.rows)
-        state, metrics = functions.supervised_step(state, batch, rng.stream(key, "flow", step))
+    is_stopped = False
+
+    def until_stopped() -> Iterator[SupervisedBatch]:
+        nonlocal is_stopped
+        for batch in batches:
+            is_stopped = should_stop()
+            if is_stopped:
+                return
+            yield batch
+
+    steps = supervised_steps(
+        functions.supervised_step, state, until_stopped(), placement=functions.rows, key=key
+    )
+    for step, trained, metrics in steps:
+        state = trained
         if (step + 1) % REPORT_INTERVAL == 0:
             report(step + 1, jax.device_get(metrics))
-    return state, jax.device_get(metrics)
+    return None if is_stopped else (state, jax.device_get(metrics))

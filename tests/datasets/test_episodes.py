@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from jaxvla.config import DatasetConfig
 from jaxvla.data.demonstrations import ShuffledOrder
-from jaxvla.data.episodes import EpisodeSamples, Frame, MemorySamples, select_cameras
+from jaxvla.data.episodes import EpisodeSamples, Frame, select_cameras
 from jaxvla.data.images import resize_with_pad_on_host
 
 H, SIZE, NUM_TOKENS = 3, 4, 5
@@ -28,7 +28,6 @@ class CountedEpisodes:
         self.num_steps = num_steps
         self._more = more
         self._masks = masks
-        self.is_closed = False
 
     def _vectors(self, episode: int, count: int) -> np.ndarray:
         steps = np.arange(count)
@@ -52,7 +51,7 @@ class CountedEpisodes:
         )
 
     def close(self) -> None:
-        self.is_closed = True
+        pass
 
 
 def picture(camera: str, episode: int, step: int, height: int, width: int) -> np.ndarray:
@@ -60,9 +59,10 @@ def picture(camera: str, episode: int, step: int, height: int, width: int) -> np
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def prompt(text: str) -> tuple[np.ndarray, np.ndarray]:
+def prompt(text: str, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Tells the instruction and the state."""
     mask = np.arange(NUM_TOKENS) < len(text)
-    return np.where(mask, ord(text[0]), 0).astype(np.int32), mask
+    return np.where(mask, ord(text[0]) + int(state.sum()), 0).astype(np.int32), mask
 
 
 def samples(dataset: Any, cameras: Sequence[str] = ("a", "b")) -> EpisodeSamples:
@@ -87,7 +87,7 @@ def test_a_sample_is_a_frame_with_the_chunk_that_follows() -> None:
         last = lengths[episode] - 1
         chunk = [[episode, min(step + k, last)] for k in range(H)]
         assert batch.actions[place].tolist() == chunk
-        tokens, mask = prompt(("even", "odd")[episode % 2])
+        tokens, mask = prompt(("even", "odd")[episode % 2], np.array([episode, step]))
         assert seen.tokens[place].tolist() == tokens.tolist()
         assert seen.token_mask[place].tolist() == mask.tolist()
         wide = resize_with_pad_on_host(picture("a", episode, step, 6, 8), SIZE, SIZE)
@@ -118,27 +118,6 @@ def test_masks_of_objects_belong_to_images_of_their_size() -> None:
     assert mask[0, 0, 1].all() and not mask[0, 0, 2].any() and mask[1, 1, 1].all()
     with pytest.raises(ValueError, match=r"masks of the named objects are \(1, 4, 4\)"):
         samples(CountedEpisodes([6], masks=True), ("a", "-")).read(np.array([0]))
-
-
-def test_vectors_are_those_of_every_step_once() -> None:
-    dataset = CountedEpisodes([2, 3], more=2)
-    made = samples(dataset)
-    states, actions = map(np.concatenate, zip(*made.vectors(), strict=True))
-    expected = [[0, 0], [0, 1], [1, 0], [1, 1], [1, 2]]
-    assert states.tolist() == actions.tolist() == expected
-    in_memory = MemorySamples(made.read(np.arange(5)))
-    ((states, actions),) = in_memory.vectors()
-    assert states.tolist() == actions.tolist() == expected
-    made.close()
-    assert dataset.is_closed
-
-
-def test_samples_in_memory() -> None:
-    whole = samples(CountedEpisodes([2, 3])).read(np.arange(5))
-    made = MemorySamples(whole)
-    assert made.num_samples == 5
-    batch = made.read(np.array([3, 0]))
-    assert np.asarray(batch.observation.state).tolist() == [[1, 1], [0, 0]]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Statistics of a data set against numpy, and those that cannot be used."""
 
 import pathlib
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,14 +12,18 @@ from jaxvla.data.statistics import compute_norm_stats
 
 
 class Vectors:
-    """Samples of which only the vectors are read."""
+    """A data set of which only the vectors are read; actions go on beyond the last step."""
 
     def __init__(self, *parts: tuple[Any, Any]):
         self._parts = parts
+        self.num_steps = [len(state) for state, _ in parts]
 
-    def vectors(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for state, actions in self._parts:
-            yield np.asarray(state, np.float32), np.asarray(actions, np.float32)
+    def states(self, episode: int) -> np.ndarray:
+        return np.asarray(self._parts[episode][0], np.float32)
+
+    def actions(self, episode: int) -> np.ndarray:
+        actions = np.asarray(self._parts[episode][1], np.float32)
+        return np.concatenate([actions, np.full((3, actions.shape[1]), 1e6, np.float32)])
 
 
 def random_parts(seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
