@@ -1,13 +1,15 @@
 """The command line.
 
     python -m jaxvla.main --config=configs/quickstart.py [--config.section.field=value ...]
-                          [--workdir=DIR] [--job=train|evaluate|export|compile_tasks]
+                          [--workdir=DIR]
+                          [--job=train|finetune|evaluate|export|compile_tasks]
                           [--judge] [--dry_run] [--noresume]
                           [--export_dir=DIR] [--asset_id=NAME]
                           [--record_schedule=FILE] [--replay_schedule=FILE]
 
 Jobs
   train          optional supervised warm start, then asynchronous RL
+  finetune       supervised fine-tuning on demonstrations, see docs/finetuning.md
   evaluate       the newest checkpoint of the work directory on fixed episodes; with --judge also
                  in the env that has the last word (LIBERO itself for libero_mjx)
   export         that checkpoint as one of openpi, in --export_dir, which must not exist
@@ -39,7 +41,7 @@ from jaxvla.runtime import cpu_settings
 from jaxvla.validation import type_name, validate
 
 EXIT_FINISHED, EXIT_USAGE = 0, 2
-JOBS = ("train", "evaluate", "export", "compile_tasks")
+JOBS = ("train", "finetune", "evaluate", "export", "compile_tasks")
 
 
 def console_main() -> None:

@@ -8,8 +8,9 @@ import dataclasses
 import functools
 import pathlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -165,28 +166,37 @@ def draw_blueprint(config: ExperimentConfig, workdir: pathlib.Path | None = None
         layout=parse_layout(config.meshes.layout),
         tokenizer=tokenizer,
         stats=stats,
-        table=_make_table(model, spec, tokenizer, stats),
+        table=make_table(model, spec.instructions, tokenizer, stats),
     )
     _require_frozen_encoder(blueprint)
     return blueprint
 
 
-def _make_table(
-    model: ModelConfig, spec: EnvSpec, tokenizer: Tokenizer, stats: NormStats
+def make_table(
+    model: ModelConfig, instructions: Sequence[str], tokenizer: Tokenizer, stats: NormStats
 ) -> TokenTable:
-    """Prompts of all instructions, whole or without the state that is still to be told."""
+    """Prompts of instructions, whole or without the state that is still to be told.
+
+    Args:
+      model: resolved; `max_tokens` holds the longest prompt.
+      instructions: in the order of the table.
+      tokenizer: of the policy.
+      stats: that the policy normalises with.
+
+    Raises:
+      ValueError: the tokenizer cannot tell states.
+    """
     tells_state = model.tells_state()
     if tells_state:
-        ids = [head_ids(tokenizer, text) for text in spec.instructions]
+        ids = [head_ids(tokenizer, text) for text in instructions]
     else:
-        ids = [encode_prompt(tokenizer, text) for text in spec.instructions]
-    # `resolve` has seen to it that the longest one fits.
+        ids = [encode_prompt(tokenizer, text) for text in instructions]
     prompts = [pad_prompt(x, model.max_tokens, pad_id=tokenizer.pad_id) for x in ids]
     offset, scale = stats.state_affine()
     return TokenTable(
         tokens=stand_in(np.stack([ids for ids, _ in prompts])),
         mask=stand_in(np.stack([mask for _, mask in prompts])),
-        state_text=make_state_text(tokenizer, spec.instructions, offset=offset, scale=scale)
+        state_text=make_state_text(tokenizer, instructions, offset=offset, scale=scale)
         if tells_state
         else None,
     )
@@ -222,6 +232,15 @@ def _resolve_serving(config: ExperimentConfig) -> Any:
     return dataclasses.replace(
         serving, max_batch=max_batch, trigger_size=min(trigger, max_batch), buckets=buckets
     )
+
+
+class Placed(Protocol):
+    """Training of any kind, as far as its parameters need a place."""
+
+    @property
+    def placed(self) -> TrainState:
+        """Shardings."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,15 +323,16 @@ class Parts:
         )
         return Training(functions=functions, optimizer=optimizer, struct=struct, placed=placed)
 
-    def fresh_params(self, training: Training) -> Params:
+    def fresh_params(self, training: Placed) -> Params:
         """Initial parameters, random or from a file, made directly where they will live."""
+        placed = training.placed.params
         if self.config.model.initial_weights:
             return load_initial_weights(
                 self.blueprint.policy,
                 self.config.model,
-                training.placed.params,
+                placed,
                 key=rng.stream(self.root, "init"),
                 identity=self.blueprint.identity,
             )
-        init = jax.jit(self.blueprint.policy.init, out_shardings=training.placed.params)
+        init = jax.jit(self.blueprint.policy.init, out_shardings=placed)
         return init(rng.stream(self.root, "init"))

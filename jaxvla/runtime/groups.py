@@ -53,14 +53,22 @@ class Groups:
 
     @functools.cached_property
     def demonstrators(self) -> tuple[Demonstrator, ...]:
-        """The env's expert in each scene."""
+        """The env's expert in each scene, as disturbed as in a warm start."""
+        return self.make_demonstrators(self._config.warm_start.noise_std)
+
+    def make_demonstrators(self, noise_std: float) -> tuple[Demonstrator, ...]:
+        """The env's expert in each scene.
+
+        Args:
+          noise_std: standard deviation of the disturbance of its actions.
+        """
         return tuple(
             Demonstrator(
                 scene,
                 self._parts.blueprint.table,
                 num_envs=self._config.simulation.envs_per_group,
                 action_horizon=self._config.model.action_horizon,
-                noise_std=self._config.warm_start.noise_std,
+                noise_std=noise_std,
                 mesh=self._parts.meshes["simulation"],
             )
             for scene in self._scenes

@@ -1,6 +1,7 @@
 """The jobs of the command line, from a validated config to an exit code."""
 
 import contextlib
+import functools
 import importlib.metadata
 import pathlib
 import platform
@@ -30,6 +31,8 @@ from jaxvla.runtime.evaluate import (
     evaluated_target,
 )
 from jaxvla.runtime.export import check_export, export
+from jaxvla.runtime.finetune import checkpoint_target, finetune
+from jaxvla.runtime.finetune_training import check_finetune
 from jaxvla.runtime.groups import Groups
 from jaxvla.runtime.pretrained import CHECKPOINTS, STATS_FILE, check_initial_weights
 from jaxvla.runtime.signals import stop_on_signals
@@ -41,6 +44,8 @@ from jaxvla.transport.schedule_file import ScheduleRecorder, ScheduleReplay
 from jaxvla.validation import validate_devices
 
 EXIT_FINISHED, EXIT_UNSAFE = 0, 4
+_MAKERS = ("train", "finetune")
+"""Jobs that make a policy in a work directory."""
 _READERS = ("evaluate", "export")
 """Jobs that only read the policy of a work directory."""
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "mujoco", "mujoco-mjx", "numpy")
@@ -105,6 +110,8 @@ def run(
     if job == "train":
         _check_groups(blueprint)
         _check_learning(blueprint)
+    if job == "finetune":
+        check_finetune(blueprint, workdir)
     if is_dry_run:
         for line in plan_lines(blueprint):
             sys.stdout.write(line + "\n")
@@ -115,7 +122,7 @@ def run(
         check_export(blueprint, export_dir)
         with Screen(sys.stdout, num_updates=0) as screen:
             return export(blueprint, workdir, export_dir, asset_id, screen)
-    if job == "train" and not (workdir / CHECKPOINTS).is_dir():
+    if job in _MAKERS and not (workdir / CHECKPOINTS).is_dir():
         check_initial_weights(blueprint.policy, blueprint.config.model, blueprint.identity)
     _configure_jax(config)
     schedule = replay or _recorder(record_schedule, blueprint)
@@ -137,13 +144,23 @@ def _run(
 ) -> int:
     """Runs a job that is known to fit."""
     stop_requested = threading.Event()
-    num_updates = blueprint.config.learning.num_updates
+    config, is_supervised = blueprint.config, job == "finetune"
+    num_updates = config.finetune.num_steps if is_supervised else config.learning.num_updates
     with (
         stop_on_signals(stop_requested),
         Screen(sys.stdout, num_updates=num_updates) as screen,
     ):
         if job == "evaluate":
             return evaluate_checkpoint(blueprint, workdir, screen, stop_requested, judge)
+        if is_supervised:
+            return finetune(
+                blueprint,
+                workdir=workdir,
+                screen=screen,
+                stop_requested=stop_requested,
+                command=command,
+                write_config=functools.partial(_write_config, workdir=workdir),
+            )
         _write_config(blueprint, workdir)
         return Controller(
             blueprint,
@@ -267,6 +284,8 @@ def _check_checkpoint(blueprint: Blueprint, workdir: pathlib.Path, job: str) -> 
     try:
         if job in _READERS:
             checkpointer.check(lambda _: evaluated_target(parts), within=EVALUATED)
+        elif job == "finetune":
+            checkpointer.check(lambda _: checkpoint_target(blueprint))
         else:
             checkpointer.check(target)
     finally:
@@ -289,7 +308,7 @@ def _check_workdir(workdir: pathlib.Path, job: str, may_resume: bool) -> None:
     if workdir.exists() and not workdir.is_dir():
         raise UsageError(f"--workdir={workdir}: is not a directory. Fix: --workdir=NEW_DIR")
     is_used = workdir.is_dir() and any(workdir.iterdir())
-    if job == "train" and is_used and not may_resume:
+    if job in _MAKERS and is_used and not may_resume:
         raise UsageError(
             f"--workdir={workdir}: is not empty and --noresume was given. Fix: --workdir=NEW_DIR"
         )

@@ -4,7 +4,7 @@ import contextlib
 import json
 import pathlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from jaxvla.layout import ROLES
 from jaxvla.telemetry import program_log
 from jaxvla.telemetry.activity import Activity, ActivityMeter
 from jaxvla.telemetry.metrics import MetricRecorder, Number, Record
-from jaxvla.telemetry.progress import RunSummary, Screen
+from jaxvla.telemetry.progress import RunSummary, Screen, SupervisedSummary
 from jaxvla.telemetry.tracing import NullTracer, Tracer
 from jaxvla.telemetry.writers import MetricWriter, RunInfo, open_writers, write_json
 from jaxvla.transport.base import Ledger, TrajectoryQueue, WeightStore
@@ -98,12 +98,23 @@ class Telemetry:
             "weights/pull_ms": weights.pull_ms,
             "weights/bytes": weights.nbytes,
         }
-        for role, meter in self.meters.items():
-            extra |= meter.snapshot().window.record(role)
-        record = self.recorder.flush(update=version, time_s=self.time_s, extra=extra)
+        self.record(version, extra, ROLES)
+
+    def record(self, update: int, extra: Record, roles: Iterable[str]) -> None:
+        """Writes a record of the window and shows it.
+
+        Args:
+          update: learner update, or optimizer step of a supervised run.
+          extra: finished values of this record.
+          roles: whose activity is part of it.
+        """
+        activity: Record = {}
+        for role in roles:
+            activity |= self.meters[role].snapshot().window.record(role)
+        record = self.recorder.flush(update=update, time_s=self.time_s, extra=extra | activity)
         for writer in self._writers:
             writer.write(record)
-        self.last_record, self._update = record, version
+        self.last_record, self._update = record, update
         self.screen.update(record)
 
     def activities(self) -> dict[str, Activity]:
@@ -122,6 +133,30 @@ class Telemetry:
         self, *, outcome: str, summary: RunSummary, ledger: Ledger, detail: str
     ) -> None:
         """Writes summary.json; `outcome` is one of SUMMARY_STATES."""
+        own = {
+            "env_steps_per_s": summary.env_steps_per_s,
+            "max_staleness": summary.max_staleness,
+            "staleness_bound": summary.staleness_bound,
+            "ledger_closes": ledger.is_balanced,
+        }
+        self._write_summary(outcome, detail, summary, own, queue_record(ledger))
+
+    def write_supervised_summary(
+        self, *, outcome: str, summary: SupervisedSummary, detail: str
+    ) -> None:
+        """Writes summary.json of a supervised run."""
+        own = {"samples_per_s": summary.samples_per_s}
+        self._write_summary(outcome, detail, summary, own, {})
+
+    def _write_summary(
+        self,
+        outcome: str,
+        detail: str,
+        summary: RunSummary | SupervisedSummary,
+        own: dict[str, Any],
+        totals: Record,
+    ) -> None:
+        """What every summary has, with values of its own between."""
         activities = {
             role: {
                 "busy_fraction": activity.busy_fraction,
@@ -129,24 +164,20 @@ class Telemetry:
             }
             for role, activity in summary.activities.items()
         }
-        write_json(
-            self.workdir / "summary.json",
-            {
-                "outcome": outcome,
-                "detail": detail,
-                "update": self._update,
-                "time_s": self.time_s,
-                "env_steps_per_s": summary.env_steps_per_s,
-                "max_staleness": summary.max_staleness,
-                "staleness_bound": summary.staleness_bound,
-                "ledger_closes": ledger.is_balanced,
-                "evaluation_before": summary.before,
-                "evaluation_after": summary.after,
-                "utilisation": activities,
-                "totals": self.recorder.totals() | queue_record(ledger),
-                "last_record": self.last_record,
-            },
-        )
+        begin = {
+            "outcome": outcome,
+            "detail": detail,
+            "update": self._update,
+            "time_s": self.time_s,
+        }
+        end = {
+            "evaluation_before": summary.before,
+            "evaluation_after": summary.after,
+            "utilisation": activities,
+            "totals": self.recorder.totals() | totals,
+            "last_record": self.last_record,
+        }
+        write_json(self.workdir / "summary.json", begin | own | end)
 
 
 def queue_record(ledger: Ledger) -> Record:

@@ -9,7 +9,8 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxvla import rng, sharding
-from jaxvla.data.demonstrations import concatenate
+from jaxvla.data.demonstrations import concatenate, num_samples
+from jaxvla.data.recorded import RecordedEpisode
 from jaxvla.envs.base import DeviceEnv, EnvState, GroundedEnv
 from jaxvla.simulation.unroll import TokenTable
 from jaxvla.types import SupervisedBatch, stand_in
@@ -147,17 +148,45 @@ class Demonstrator:
         for batch in range(-(-num_episodes // self._num_envs)):
             if should_stop():
                 return None
-            tasks = self._tasks(batch * self._num_envs, self._num_envs)
-            parts += self._run(rng.stream(key, "demonstration", batch), tasks)
+            parts += self._samples(self._run(key, batch))
         return concatenate(parts)
+
+    def episodes(self, num_episodes: int, key: jax.Array) -> Iterator[RecordedEpisode]:
+        """The same episodes one by one, to be recorded. Their samples are those of `collect`.
+
+        Args:
+          num_episodes: rounded up to whole batches of `num_envs`.
+          key: typed key.
+        """
+        for batch in range(-(-num_episodes // self._num_envs)):
+            path = self._run(key, batch)
+            samples = concatenate(self._samples(path))
+            _, envs = self._seen(path)
+            begun = jax.tree.map(lambda x: x[:, 0], path.state)
+            texts = np.asarray(self._env.instruction_ids(begun))
+            for env in range(self._num_envs):
+                rows = envs == env
+                own: SupervisedBatch = jax.tree.map(lambda x, r=rows: x[r], samples)
+                # The last sample's chunk reaches this far beyond the end.
+                actions = path.action[env, : num_samples(own) + self._horizon - 1]
+                mask = own.target_mask
+                yield RecordedEpisode(
+                    instruction=self._env.spec.instructions[texts[env]],
+                    images=np.asarray(own.observation.images),
+                    state=np.asarray(own.observation.state),
+                    actions=np.clip(np.asarray(actions), -1.0, 1.0),
+                    target_mask=None if mask is None else np.asarray(mask),
+                )
 
     def _tasks(self, first: int, count: int) -> np.ndarray:
         """Tasks of episodes `first` to `first + count`, in turn, int32."""
         ids = np.asarray(self._env.task_ids, np.int32)
         return ids[np.arange(first, first + count) % len(ids)]
 
-    def _run(self, key: jax.Array, tasks: np.ndarray) -> list[SupervisedBatch]:
-        """Samples of one batch of episodes."""
+    def _run(self, key: jax.Array, batch: int) -> _Path:
+        """One batch of episodes, as numpy arrays [E, T + H, ...]."""
+        tasks = self._tasks(batch * self._num_envs, self._num_envs)
+        key = rng.stream(key, "demonstration", batch)
 
         def keys(block: int) -> jax.Array:
             return jax.random.split(jax.random.fold_in(key, block), self._num_envs)
@@ -170,7 +199,7 @@ class Demonstrator:
         while not (blocks and np.asarray(blocks[-1].ended).all()):
             episodes, path = self._record(episodes, keys(len(blocks) + 1))
             blocks.append(path)
-        return self._samples(jax.tree.map(lambda *x: np.concatenate(x, axis=1), *blocks))
+        return jax.tree.map(lambda *x: np.concatenate(x, axis=1), *blocks)
 
     def _advance(self, episode: _Episodes, key: jax.Array) -> tuple[_Episodes, _Path]:
         """H control steps of one world."""
@@ -189,12 +218,17 @@ class Demonstrator:
 
     def _samples(self, path: _Path) -> list[SupervisedBatch]:
         """Renders the steps before the ends of a batch of episodes, `num_envs` at a time."""
-        steps, envs = np.nonzero(~path.ended[:, : -self._horizon].T)
+        steps, envs = self._seen(path)
         parts = []
         for first in range(0, len(steps), self._num_envs):
             rows = slice(first, first + self._num_envs)
             parts.append(self._sample(path, envs[rows], steps[rows]))
         return parts
+
+    def _seen(self, path: _Path) -> tuple[np.ndarray, np.ndarray]:
+        """(steps, envs) of the steps before the ends, int [n] each, in the order of time."""
+        steps, envs = np.nonzero(~np.asarray(path.ended)[:, : -self._horizon].T)
+        return steps, envs
 
     def _sample(self, path: _Path, envs: np.ndarray, steps: np.ndarray) -> SupervisedBatch:
         """Samples of given steps (int [n] each, n <= num_envs); renders full batches only."""

@@ -33,6 +33,9 @@ MAX_COLUMNS = 120
 _SHORT = {"simulation": "sim", "serving": "serve", "learning": "learn"}
 """Roles in the line of an update."""
 
+_SUPERVISED = "rate/samples_per_s"
+"""In the records of supervised runs, which play no episodes."""
+
 _ETA_WINDOW = 20
 """Updates over which the remaining time is extrapolated: compilation falls out of it."""
 
@@ -115,6 +118,33 @@ class RunSummary:
         ]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SupervisedSummary:
+    """What the last lines of a supervised run state."""
+
+    before: Mapping[str, Number] | None
+    """See `RunSummary`."""
+    after: Mapping[str, Number] | None
+    """See `RunSummary`."""
+    samples_per_s: float
+    """Labelled samples trained on per second over the training time."""
+    activities: Mapping[str, Activity]
+    """Role -> activity over the training time."""
+    workdir: pathlib.Path
+    next_command: str
+    """Command that continues the run or evaluates its result."""
+
+    def lines(self) -> list[str]:
+        """Plain text, one fact a line."""
+        return [
+            f"success     before {_evaluated(self.before)}, after {_evaluated(self.after)}",
+            f"speed       {format_rate(self.samples_per_s)} samples/s",
+            f"bottleneck  {bottleneck(self.activities)}",
+            f"workdir     {self.workdir}",
+            f"next        {self.next_command}",
+        ]
+
+
 def _evaluated(record: Mapping[str, Number] | None) -> str:
     return "not evaluated" if record is None else _success(record)
 
@@ -169,13 +199,16 @@ def update_line(record: Record, *, num_updates: int, eta_s: float) -> str:
     """
     update = int(record["update"])
     width = len(str(num_updates))
-    parts = [
-        f"update {update:{width}d}/{num_updates}",
-        f"success {_value(record, 'train/success_rate', '.2f')}",
-        f"{_rate(record, 'env_steps')} env steps/s",
-        f"staleness {_value(record, 'queue/staleness/max', '.0f')}"
-        f"/{_value(record, 'queue/staleness/bound', '.0f')}",
-    ]
+    parts = [f"update {update:{width}d}/{num_updates}"]
+    if _SUPERVISED in record:
+        parts.append(f"{_rate(record, 'samples')} samples/s")
+    else:
+        parts += [
+            f"success {_value(record, 'train/success_rate', '.2f')}",
+            f"{_rate(record, 'env_steps')} env steps/s",
+            f"staleness {_value(record, 'queue/staleness/max', '.0f')}"
+            f"/{_value(record, 'queue/staleness/bound', '.0f')}",
+        ]
     loss = f"loss {_value(record, 'learner/loss/total', '.3g')}"
     eta = f"eta {format_duration(eta_s)}"
     for busiest in _utilisations(record)[:1]:
@@ -240,6 +273,12 @@ def _panel(view: _View, now_s: float) -> RenderableType:
 def _facts(view: _View) -> list[str]:
     """Lines of the panel between progress and utilisation."""
     record = view.record
+    if _SUPERVISED in record:
+        return [
+            f"success    before {_evaluated(view.before)}",
+            f"           now {_evaluated(view.now)}",
+            f"per second {_rate(record, 'samples')} samples, {_rate(record, 'updates')} updates",
+        ]
     rates = ("env_steps", "chunk_queries", "episodes", "updates")
     staleness = ", ".join(
         f"{name} {_value(record, f'queue/staleness/{name}', '.3g')}"
@@ -343,7 +382,7 @@ class Screen:
             if self._live is None:
                 self._line(update_line(record, num_updates=view.num_updates, eta_s=view.eta_s))
 
-    def final_summary(self, summary: RunSummary) -> None:
+    def final_summary(self, summary: RunSummary | SupervisedSummary) -> None:
         """Shows the last lines of a run."""
         self.message("\n".join(summary.lines()))
 

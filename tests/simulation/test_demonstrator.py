@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import pathlib
 from typing import Any
 
 import jax
@@ -9,7 +10,10 @@ import numpy as np
 import pytest
 from walk_env import IMAGE_SIZE, LIMITS, MAX_GOAL, GroundedWalkEnv, WalkEnv, expert_move
 
+from jaxvla.config import DatasetConfig
 from jaxvla.data.demonstrations import num_samples
+from jaxvla.data.episodes import EpisodeSamples
+from jaxvla.data.recorded import RecordedEpisodes, write_episodes
 from jaxvla.envs.base import DeviceEnv, GroundedEnv
 from jaxvla.layout import parse_layout
 from jaxvla.sharding import batch_sharding, make_mesh
@@ -102,6 +106,35 @@ def test_a_label_is_the_chunk_that_follows(horizon: int) -> None:
     np.testing.assert_array_equal(samples.actions, np.clip(expected, -1.0, 1.0))
     if horizon == 8:
         assert expected.max() > 1.0  # there was something to clip
+
+
+@pytest.mark.parametrize("is_grounded", [False, True])
+def test_recorded_episodes_hold_the_samples_that_are_collected(
+    is_grounded: bool, tmp_path: pathlib.Path
+) -> None:
+    """Read back from disk, in whatever order."""
+    made = demonstrator(is_grounded=is_grounded, horizon=8)
+    recorded = list(made.episodes(6, jax.random.key(0)))
+    assert len(recorded) == 8
+    write_episodes(tmp_path, recorded, cameras=("only",), key="")
+    dataset = RecordedEpisodes(DatasetConfig(path=str(tmp_path)))
+
+    def prompt(text: str, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        row = WalkEnv().spec.instructions.index(text)
+        return np.asarray(TABLE.tokens)[row], np.asarray(TABLE.mask)[row]
+
+    samples = EpisodeSamples(
+        dataset, cameras=["only"], image_size=IMAGE_SIZE, action_horizon=8, prompt=prompt
+    )
+    collected = collect(6, is_grounded=is_grounded, horizon=8)
+    assert samples.num_samples == num_samples(collected)
+    read = samples.read(np.arange(samples.num_samples))
+
+    def in_order(batch: SupervisedBatch) -> Any:
+        order = np.lexsort((column(batch, NUM_STEPS), column(batch, IDENTITY)))
+        return jax.tree.map(lambda x: np.asarray(x)[order], batch)
+
+    assert_same(in_order(read), in_order(collected))
 
 
 def test_collecting_stops_between_batches_of_episodes() -> None:
