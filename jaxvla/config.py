@@ -319,6 +319,10 @@ class LearningConfig:
     encode_once: bool = False
     """Encode the observations of a batch once per update, not once per optimizer step. Needs an
     encoder that `optimizer.trainable` leaves frozen, and room for the encodings."""
+    num_microbatches: int = 1
+    """Parts of a minibatch whose gradients are made one after the other and added up: less memory,
+    the same optimizer step. Divides the chunk queries of a minibatch, simulation.segment_length /
+    algorithm.num_minibatches."""
     max_skipped_updates: int = 3
     """Updates in a row with a gradient that was not finite, after which the run stops with exit
     code 4."""

@@ -109,7 +109,9 @@ def _define_flags() -> flags.FlagValues:
     )
     flags.DEFINE_string("workdir", None, "Where to write; default runs/NAME.", flag_values=values)
     flags.DEFINE_enum("job", "train", list(JOBS), "What to do.", flag_values=values)
-    flags.DEFINE_bool("dry_run", False, "Print the plan and write nothing.", flag_values=values)
+    flags.DEFINE_bool(
+        "dry_run", False, "Print the plan, of any number of devices.", flag_values=values
+    )
     flags.DEFINE_bool("judge", False, "Evaluate in the env's judge too.", flag_values=values)
     flags.DEFINE_string(
         "export_dir", None, "Where to export to; default WORKDIR/openpi.", flag_values=values

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxvla.layout import RoleLayout
 
@@ -53,6 +53,13 @@ def make_mesh(layout: RoleLayout, devices: Sequence[Any] | None = None) -> Mesh:
     )
 
 
+def planned_mesh(layout: RoleLayout) -> AbstractMesh:
+    """`make_mesh` without devices: for shapes alone, whatever the machine has."""
+    axes = layout.axes
+    types = (AxisType.Auto,) * len(axes)
+    return AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=types)
+
+
 def batch_sharding(mesh: Mesh, *, axis: int = 0) -> NamedSharding:
     """Splits dimension `axis` over every mesh axis that holds different samples."""
     names = tuple(name for name in ("data", "fsdp") if name in mesh.axis_names)
@@ -70,7 +77,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def params_shardings(tree: Any, rules: LogicalRules, mesh: Mesh, role: str) -> Any:
+def params_shardings(tree: Any, rules: LogicalRules, mesh: Mesh | AbstractMesh, role: str) -> Any:
     """Placement of every parameter of a tree.
 
     Args:

@@ -101,6 +101,7 @@ _RANGES = (
             "schedule.publish_interval",
             "learning.num_updates",
             "learning.trajectories_per_update",
+            "learning.num_microbatches",
             "learning.max_skipped_updates",
             "warm_start.batch_size",
             "warm_start.num_episodes",
@@ -355,6 +356,21 @@ def _validate_batches(config: ExperimentConfig, layout: Layout) -> None:
         "algorithm.num_minibatches",
         length % config.algorithm.num_minibatches == 0,
         f"must divide simulation.segment_length = {length}",
+        1,
+    )
+    parts, size = config.learning.num_microbatches, length // config.algorithm.num_minibatches
+    _require(
+        config,
+        "learning.num_microbatches",
+        size % parts == 0,
+        f"must divide the {size} chunk queries of a minibatch",
+        math.gcd(parts, size),
+    )
+    _require(
+        config,
+        "learning.num_microbatches",
+        parts == 1 or not config.schedule.stream_microbatches,
+        "must be 1 with schedule.stream_microbatches, where a trajectory is a microbatch",
         1,
     )
     data = layout.roles["simulation"].axes["data"]

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import shlex
 import subprocess
 import sys
@@ -288,6 +289,28 @@ def test_a_dry_run_says_who_shares_devices_and_who_answers_whom(place: pathlib.P
     ):
         assert line in plan, out
     assert sum(" share devices" in line for line in plan) == 1
+
+
+def test_a_dry_run_plans_for_devices_that_are_not_there(place: pathlib.Path):
+    settings = (
+        "--config.simulation.envs_per_group=512",
+        "--config.serving.max_batch=512",
+        "--config.learning.num_microbatches=2",
+        "--config.warm_start.num_steps=0",
+        "--config.warm_start.num_grounding_steps=0",
+    )
+
+    def mib(layout: str) -> list[float]:
+        code, out, err = _main(_DEBUG, "--dry_run", f"--config.meshes.layout={layout}", *settings)
+        assert (code, err) == (0, "")
+        return [float(x) for x in re.findall(r"(\d+\.\d) MiB per learning device", out)]
+
+    # Parameters, gradients and optimizer state over fsdp; activations over all.
+    few, many = mib("colocated=4:data2,fsdp2"), mib("colocated=256:data8,fsdp32")
+    assert len(few) == len(many) == 4
+    assert all(b < a for a, b in zip(few, many, strict=True))
+    assert many[3] == pytest.approx(few[3] / 64, rel=0.2)
+    assert _listing(place) == []
 
 
 def test_more_devices_than_there_are(place: pathlib.Path):

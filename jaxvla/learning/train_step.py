@@ -42,6 +42,7 @@ class TrainFunctions:
         mesh: Mesh,
         shardings: TrainState,
         num_minibatches: int,
+        num_microbatches: int = 1,
         encode_once: bool,
     ):
         """Args:
@@ -50,6 +51,7 @@ class TrainFunctions:
         mesh: learning mesh.
         shardings: placement of the train state.
         num_minibatches: optimizer steps per epoch.
+        num_microbatches: parts of a minibatch whose gradients are made one after the other.
         encode_once: `prepare` encodes the observations, not every step anew.
         """
         self._policy = policy
@@ -57,6 +59,7 @@ class TrainFunctions:
         self._optimizer = optimizer
         self._trainable = trainable
         self._num_minibatches = num_minibatches
+        self._num_microbatches = num_microbatches
         self._encode_once = encode_once
         self._mesh = mesh
         self.columns = sharding.batch_sharding(mesh, axis=1)
@@ -183,9 +186,11 @@ class TrainFunctions:
         columns = jax.random.split(key, shape[1])
         return jax.vmap(lambda k: jax.random.permutation(k, shape[0]), out_axes=1)(columns)
 
-    def _minibatch(self, batch: TrainingBatch, order: jax.Array, index: jax.Array) -> TrainingBatch:
-        """Samples [T/M * B, ...] of minibatch `index`."""
-        size = order.shape[0] // self._num_minibatches
+    def _microbatch(
+        self, batch: TrainingBatch, order: jax.Array, index: jax.Array
+    ) -> TrainingBatch:
+        """Samples [T/M/m * B, ...] of part `index` of an epoch's M minibatches of m parts each."""
+        size = order.shape[0] // (self._num_minibatches * self._num_microbatches)
         times = jax.lax.dynamic_slice_in_dim(order, index * size, size)
 
         def take(x: jax.Array) -> jax.Array:
@@ -206,10 +211,30 @@ class TrainFunctions:
         self, state: TrainState, batch: TrainingBatch, order: jax.Array, index: jax.Array
     ) -> tuple[TrainState, Metrics]:
         """One optimizer step on minibatch `index` of an epoch with sample order `order`."""
-        minibatch = self._minibatch(batch, order, index)
+        if self._num_microbatches > 1:
+            return self._apply_sum(state, self._accumulated(state.params, batch, order, index))
+        minibatch = self._microbatch(batch, order, index)
         grads, metrics = jax.grad(self._loss, has_aux=True)(state.params, minibatch)
         state, norm = self._apply(state, grads)
         return state, metrics | {"grad_norm": norm}
+
+    def _accumulated(
+        self, params: Params, batch: TrainingBatch, order: jax.Array, index: jax.Array
+    ) -> GradientSum:
+        """Of minibatch `index`, one part after the other."""
+        count = self._num_microbatches
+
+        def part(number: jax.Array) -> GradientSum:
+            samples = self._microbatch(batch, order, index * count + number)
+            return gradients.gradient(self._loss, params, samples, self._trainable)
+
+        def add(total: GradientSum, number: jax.Array) -> tuple[GradientSum, None]:
+            return gradients.accumulate(total, part(number)), None
+
+        empty = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(part, jnp.zeros((), jnp.int32))
+        )
+        return jax.lax.scan(add, empty, jnp.arange(count))[0]
 
     def _apply(self, state: TrainState, grads: Params) -> tuple[TrainState, jax.Array]:
         norm = trained_norm(grads, self._trainable)

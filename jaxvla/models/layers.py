@@ -214,20 +214,21 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) 
     batch, num_queries, num_heads, head_dim = q.shape
     num_keys, num_kv_heads = k.shape[1:3]
     groups = num_heads // num_kv_heads
-    # The queries that share a kv head form one matrix with the rows (t, g).
-    rows = (batch, num_kv_heads, num_queries * groups)
+    # The queries that share a kv head form one matrix with the rows (g, t). In this order the rows
+    # stay where the heads are when a mesh splits these.
+    rows = (batch, num_kv_heads, groups * num_queries)
     split = (batch, num_queries, num_kv_heads, groups, head_dim)
-    q_rows = q.reshape(split).transpose(0, 2, 1, 3, 4).reshape(*rows, head_dim)
+    q_rows = q.reshape(split).transpose(0, 2, 3, 1, 4).reshape(*rows, head_dim)
     k_rows, v_rows = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     logits = jnp.einsum("bkxh,bksh->bkxs", q_rows, k_rows, preferred_element_type=jnp.float32)
     if mask is not None:
-        logits = logits.reshape(batch, num_kv_heads, num_queries, groups, num_keys)
-        logits = jnp.where(mask[:, None, :, None], logits, _MASKED_LOGIT)
+        logits = logits.reshape(batch, num_kv_heads, groups, num_queries, num_keys)
+        logits = jnp.where(mask[:, None, None], logits, _MASKED_LOGIT)
         logits = logits.reshape(*rows, num_keys)
     weights = jax.nn.softmax(logits, axis=-1).astype(q.dtype)
     out = jnp.einsum("bkxs,bksh->bkxh", weights, v_rows)
-    out = out.reshape(batch, num_kv_heads, num_queries, groups, head_dim)
-    return out.transpose(0, 2, 1, 3, 4).reshape(q.shape)
+    out = out.reshape(batch, num_kv_heads, groups, num_queries, head_dim)
+    return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 
 def attention_mask(

@@ -319,6 +319,7 @@ class Parts:
             mesh=mesh,
             shardings=placed,
             num_minibatches=self.config.algorithm.num_minibatches,
+            num_microbatches=self.config.learning.num_microbatches,
             encode_once=self.config.learning.encode_once,
         )
         return Training(functions=functions, optimizer=optimizer, struct=struct, placed=placed)

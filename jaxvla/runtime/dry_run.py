@@ -13,12 +13,12 @@ from jaxvla.algorithms import ALGORITHMS
 from jaxvla.assignment import parse_assignment
 from jaxvla.config import to_dict
 from jaxvla.layout import span
-from jaxvla.learning.optimizer import freeze, make_optimizer
+from jaxvla.learning.optimizer import freeze, make_optimizer, trained
 from jaxvla.learning.train_state import init_state
-from jaxvla.runtime.build import Blueprint, Parts
-from jaxvla.sharding import params_shardings, path_name
+from jaxvla.runtime.build import Blueprint
+from jaxvla.sharding import params_shardings, path_name, planned_mesh
 from jaxvla.transport.staleness import credit_rule
-from jaxvla.types import TrainingBatch, Trajectory, stand_in
+from jaxvla.types import Params, TrainingBatch, Trajectory, stand_in
 
 _MIB = 2.0**20
 
@@ -61,15 +61,20 @@ def _server_lines(blueprint: Blueprint) -> Iterator[str]:
 
 
 def _memory_lines(blueprint: Blueprint) -> Iterator[str]:
-    """Parameters, optimizer state and saved activations, per learning device."""
-    parts, config = Parts(blueprint), blueprint.config
+    """What a device holds in each role. Meshes need no devices for this."""
     params = blueprint.params_struct()
-    mesh = parts.meshes["learning"]
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+    yield f"parameters {count:,} in {len(jax.tree.leaves(params))} leaves"
+    yield from _learning_lines(blueprint, params)
+    yield from _serving_lines(blueprint, params)
+
+
+def _learning_lines(blueprint: Blueprint, params: Params) -> Iterator[str]:
+    """Parameters, gradients, optimizer state and saved activations, per learning device."""
+    config, mesh = blueprint.config, planned_mesh(blueprint.layout.roles["learning"])
     optimizer = make_optimizer(config.optimizer, params)
     state = jax.eval_shape(lambda p: init_state(p, optimizer), params)
     placed = params_shardings(state, blueprint.policy.rules(), mesh, "learning")
-    count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
-    yield f"parameters {count:,} in {len(jax.tree.leaves(params))} leaves"
     split = [
         f"  {path_name(path)} {leaf.shape} {sharding.spec}"
         for (path, leaf), sharding in zip(
@@ -81,15 +86,29 @@ def _memory_lines(blueprint: Blueprint) -> Iterator[str]:
     ]
     yield f"  {len(split)} leaves are split over devices" + (":" if split else "")
     yield from split
+    gradients = [trained(x, config.optimizer.trainable) for x in (params, placed.params)]
     yield f"  parameters      {_mib(params, placed.params)} per learning device"
+    yield f"  gradients       {_mib(*gradients)} per learning device"
     yield f"  optimizer state {_mib(state.opt_state, placed.opt_state)} per learning device"
-    rows = _minibatch_rows(blueprint)
+    rows = _minibatch_rows(blueprint) // config.learning.num_microbatches
     saved = _activation_bytes(blueprint, rows) / mesh.size
     yield f"  activations     {saved / _MIB:.1f} MiB per learning device ({rows} samples)"
-    if blueprint.config.learning.encode_once:
-        samples = rows * blueprint.config.algorithm.num_minibatches
+    if config.learning.encode_once:
+        samples = _minibatch_rows(blueprint) * config.algorithm.num_minibatches
         kept = _encoding_bytes(blueprint, samples) / mesh.size
         yield f"  encodings       {kept / _MIB:.1f} MiB per learning device ({samples} samples)"
+
+
+def _serving_lines(blueprint: Blueprint, params: Params) -> Iterator[str]:
+    """Weights, in use and being swapped in, and the encodings of the largest batch."""
+    serving = blueprint.config.serving
+    role = blueprint.layout.roles["serving"]
+    mesh = planned_mesh(role.split(serving.num_servers)[0] if serving.split_devices else role)
+    placed = params_shardings(params, blueprint.policy.rules(), mesh, "serving")
+    rows = serving.buckets[-1]
+    kept = _encoding_bytes(blueprint, rows) / mesh.shape["data"]
+    yield f"  parameters      2 x {_mib(params, placed)} per serving device and policy server"
+    yield f"  encodings       {kept / _MIB:.1f} MiB per serving device ({rows} rows)"
 
 
 def _mib(tree: Any, placed: Any) -> str:
@@ -186,6 +205,7 @@ def _batch_lines(blueprint: Blueprint) -> Iterator[str]:
     yield (
         f"  {config.algorithm.num_epochs} epochs x {config.algorithm.num_minibatches} minibatches "
         f"of {_minibatch_rows(blueprint)} samples"
+        + (f" in {learning.num_microbatches} parts" if learning.num_microbatches > 1 else "")
     )
 
 

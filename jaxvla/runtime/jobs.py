@@ -96,8 +96,9 @@ def run(
     if with_judge and job != "evaluate":
         raise UsageError(f"--judge: job {job!r} has no judge. Fix: --job=evaluate")
     replay = ScheduleReplay(replay_schedule) if replay_schedule else None
-    # Before the env is made, which may put arrays on a device.
-    validate_devices(config, _num_devices())
+    num_devices = _num_devices()  # before the env is made, which may put arrays on a device
+    if not is_dry_run:
+        validate_devices(config, num_devices)
     try:
         blueprint = draw_blueprint(config, workdir)
         judge = draw_judge(blueprint, workdir) if with_judge else None

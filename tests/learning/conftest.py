@@ -57,6 +57,7 @@ def make_training(
     *,
     layout: str = "colocated=1",
     num_minibatches: int = 1,
+    num_microbatches: int = 1,
     standardize: bool = False,
     trainable: str = ".*",
     eps: float = 1e-8,
@@ -81,6 +82,7 @@ def make_training(
             mesh=mesh,
             shardings=shardings,
             num_minibatches=num_minibatches,
+            num_microbatches=num_microbatches,
             encode_once=encode_once,
         )
     return Training(

@@ -1,6 +1,7 @@
 """The learner's functions: minibatches, accumulation, donation, compilation."""
 
 import collections
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -84,6 +85,30 @@ def test_minibatches_of_an_epoch_partition_the_batch_in_every_column(
         assert columns == dict.fromkeys(range(B), T // num_minibatches)
         seen += labels.tolist()
     assert sorted(seen) == sorted(100.0 * b + t for b in range(B) for t in range(T))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_microbatches_make_the_step_of_the_whole_minibatch(training, layout: str) -> None:
+    trajectory = make_trajectory(5, T=8, B=B)
+    # Parts of unequal weight: their gradients are no plain average.
+    valid = np.ones((8, B), bool)
+    valid[:3], valid[4, 1] = False, False
+    trajectory = dataclasses.replace(trajectory, valid=jnp.asarray(valid))
+
+    def stepped(num_microbatches: int) -> tuple[TrainState, Any]:
+        made = training(
+            layout=layout, num_minibatches=2, num_microbatches=num_microbatches, standardize=True
+        )
+        state = made.fresh_state()
+        batch = made.functions.prepare(state.params, [made.functions.place(trajectory)], VERSION)
+        order = made.functions.draw(jax.random.key(0), (8, B))
+        return made.functions.step(state, batch, order, jnp.int32(1))
+
+    state, metrics = stepped(1)
+    for count in (2, 4):
+        in_parts, metrics_in_parts = stepped(count)
+        assert_close(in_parts.params, state.params)
+        assert_close(metrics_in_parts, metrics)
 
 
 def test_trajectories_are_joined_along_their_envs(training) -> None:
