@@ -7,8 +7,8 @@
                        state.npy        float32 [T, S]
                        actions.npy      float32 [T', A], T' >= T; beyond T: what the expert would
                                         have gone on to do
-                       target_mask.npy  bool [T, C, h, w], optional: pixels of what the
-                                        instruction names
+                       target_mask.npy  bool [T, C, h, w], in every episode or in none: pixels
+                                        of what the instruction names
 
 `dataset.json` is written last: a directory without it is not complete. Arrays are memory-mapped,
 so that a sample reads its own frame only. "key" says what was recorded, see `write_episodes`.
@@ -29,6 +29,8 @@ from jaxvla.data.episodes import Frame
 
 _FORMAT, _VERSION = "jaxvla-episodes", 1
 _INDEX = "dataset.json"
+_MAX_MAPPED = 1024
+"""Arrays that stay mapped; opening one takes longer than reading a frame of it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,6 +94,8 @@ class RecordedEpisodes:
 
     def __init__(self, config: DatasetConfig):
         self._directory = pathlib.Path(config.path)
+        self._mapped: dict[tuple[int, str], np.ndarray] = {}
+        self._has_masks = (_folder(self._directory, 0) / "target_mask.npy").exists()
         index = _read_index(self._directory)
         self.cameras = tuple(index["cameras"])
         self.num_steps = [int(entry["num_steps"]) for entry in index["episodes"]]
@@ -120,7 +124,7 @@ class RecordedEpisodes:
         images = self._array(episode, "images")
         self._require(episode, "images", len(images) == self.num_steps[episode], images)
         mask = None
-        if (_folder(self._directory, episode) / "target_mask.npy").exists():
+        if self._has_masks:
             mask = np.asarray(self._array(episode, "target_mask")[step, chosen])
         return Frame(
             images=tuple(np.asarray(images[step, camera]) for camera in chosen),
@@ -130,20 +134,29 @@ class RecordedEpisodes:
         )
 
     def close(self) -> None:
-        """Keeps no file open."""
+        """Lets go of the files."""
+        self._mapped.clear()
 
     def _array(self, episode: int, name: str) -> np.ndarray:
-        path = _folder(self._directory, episode) / f"{name}.npy"
-        try:
-            return np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path} cannot be read: {error}") from error
+        key = (episode, name)
+        if key not in self._mapped:
+            if len(self._mapped) >= _MAX_MAPPED:
+                self._mapped.pop(next(iter(self._mapped)))
+            self._mapped[key] = _load(_folder(self._directory, episode) / f"{name}.npy")
+        return self._mapped[key]
 
     def _require(self, episode: int, name: str, holds: bool, array: np.ndarray) -> None:
         if not holds:
             path = _folder(self._directory, episode) / f"{name}.npy"
             steps = self.num_steps[episode]
             raise ValueError(f"{path} is {array.shape}, the episode has {steps} steps")
+
+
+def _load(path: pathlib.Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def _folder(directory: pathlib.Path, number: int) -> pathlib.Path:

@@ -80,9 +80,10 @@ def test_a_recording_is_not_overwritten(tmp_path: pathlib.Path) -> None:
 def test_damage_is_named(tmp_path: pathlib.Path) -> None:
     write_episodes(tmp_path, [make_episode(0, 4)], cameras=CAMERAS, key="")
     folder, index = tmp_path / "episode_000000", tmp_path / "dataset.json"
+    whole = RecordedEpisodes(config(tmp_path))
     np.save(folder / "images.npy", np.zeros((3, 2, 4, 4, 3), np.uint8))
     with pytest.raises(ValueError, match=r"images\.npy is \(3, 2, 4, 4, 3\), the episode has 4"):
-        RecordedEpisodes(config(tmp_path)).frame(0, 0, CAMERAS)
+        whole.frame(0, 0, CAMERAS)
     np.save(folder / "actions.npy", np.zeros((3, 2), np.float32))
     with pytest.raises(ValueError, match=r"actions\.npy is \(3, 2\), the episode has 4"):
         RecordedEpisodes(config(tmp_path))

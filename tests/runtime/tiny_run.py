@@ -18,6 +18,7 @@ from simulation.counter_env import FAIL, SUCCEED, CounterEnv, CounterState
 
 from jaxvla import config as c
 from jaxvla.algorithms.ppo import PPOConfig
+from jaxvla.data.normalization import NormStats
 from jaxvla.layout import parse_layout
 from jaxvla.models.tokenizer import ByteTokenizer
 from jaxvla.runtime.build import Blueprint
@@ -80,12 +81,14 @@ def make_blueprint(
         **(defaults | sections),
     )
     tokens: Any = np.asarray([[3, 1], [4, 0]], np.int32)
+    spec = CounterEnv.spec
     return Blueprint(
         config=config,
         env=EventfulEnv(),
         policy=policy or TinyPolicy(CounterEnv.spec),
         layout=parse_layout(layout),
         tokenizer=ByteTokenizer(),
+        stats=NormStats.from_bounds(spec.state_low, spec.state_high, spec.action_dim),
         table=TokenTable(tokens=tokens, mask=tokens > 0),
     )
 
