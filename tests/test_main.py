@@ -44,7 +44,7 @@ _MISTAKES = {
         "ModuleNotFoundError, line 1: No module named 'no_such_package'",
     ),
     "unknown flag": (f"{_DEBUG} --wrkdir=x", "unknown flag --wrkdir (did you mean '--workdir'?)"),
-    "unknown job": (f"{_DEBUG} --job=trian", "--job=trian", "train|evaluate"),
+    "unknown job": (f"{_DEBUG} --job=trian", "--job=trian", "train|finetune|evaluate"),
     "a judge of training": (f"{_DEBUG} --judge", "--judge: job 'train'", "Fix: --job=evaluate"),
     "tasks of an env that has none": (
         f"{_DEBUG} --job=compile_tasks",
