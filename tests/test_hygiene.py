@@ -46,6 +46,8 @@ _CONFINED = {
     "tensorboardX": ("telemetry/writers.py",),
     "sentencepiece": ("models/tokenizer.py",),
     "tokenizers": ("models/tokenizer.py",),
+    "msgpack": ("serving/wire.py",),
+    "websockets": ("serving/websocket.py",),
     "pickle": ("envs/libero_init_states.py",),  # a restricted unpickler
     "ray": (),
     "torch": (),
