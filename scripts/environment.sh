@@ -30,8 +30,8 @@ ensure_environment() {
   "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-compile \
     --constraint "$ROOT/requirements.lock" --editable "$ROOT${extras:+[$extras]}"
   case ",$extras," in
-    # What tests talk to the policy server with. --no-deps: its metadata wants numpy<2, its code
-    # does not care; its other requirements are in the lock file.
+    # What tests talk to --job=serve with. --no-deps: its metadata wants numpy<2, and its code runs
+    # with any. All else that its client imports is there already.
     *,openpi,*) "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-compile \
       --no-deps openpi-client==0.1.2 ;;
   esac

@@ -29,6 +29,7 @@ from jaxvla.runtime.evaluate import (
     evaluated_target,
 )
 from jaxvla.runtime.groups import Groups
+from jaxvla.runtime.serve import check_endpoint, serve_policy
 from jaxvla.runtime.signals import stop_on_signals
 from jaxvla.telemetry.metrics import MetricRecorder
 from jaxvla.telemetry.progress import Screen
@@ -56,7 +57,7 @@ def run(
     """Runs one job.
 
     Args:
-      job: "train", "evaluate" or "compile_tasks".
+      job: "train", "evaluate", "serve" or "compile_tasks".
       config: validated, not resolved.
       workdir: where to write.
       is_dry_run: print the plan only.
@@ -78,6 +79,8 @@ def run(
         return _compile_tasks(config)
     if not is_dry_run:
         _check_workdir(workdir, job, may_resume)
+        if job == "serve":
+            check_endpoint(config)
     _check_schedules(record_schedule, replay_schedule, job, workdir)
     if with_judge and job != "evaluate":
         raise UsageError(f"--judge: job {job!r} has no judge. Fix: --job=evaluate")
@@ -128,6 +131,8 @@ def _run(
     ):
         if job == "evaluate":
             return evaluate_checkpoint(blueprint, workdir, screen, stop_requested, judge)
+        if job == "serve":
+            return serve_policy(blueprint, workdir, screen, stop_requested)
         _write_config(blueprint, workdir)
         return Controller(
             blueprint,
@@ -249,7 +254,7 @@ def _check_checkpoint(blueprint: Blueprint, workdir: pathlib.Path, job: str) -> 
 
     checkpointer = blueprint.checkpointer(workdir)
     try:
-        if job == "evaluate":
+        if job in ("evaluate", "serve"):
             checkpointer.check(lambda _: evaluated_target(parts), within=EVALUATED)
         else:
             checkpointer.check(target)
@@ -269,7 +274,7 @@ def _configure_jax(config: ExperimentConfig) -> None:
 
 
 def _check_workdir(workdir: pathlib.Path, job: str, may_resume: bool) -> None:
-    """Refuses to overwrite a run, or to evaluate one that is not there."""
+    """Refuses to overwrite a run, or to use one that is not there."""
     if workdir.exists() and not workdir.is_dir():
         raise UsageError(f"--workdir={workdir}: is not a directory. Fix: --workdir=NEW_DIR")
     is_used = workdir.is_dir() and any(workdir.iterdir())
@@ -277,9 +282,9 @@ def _check_workdir(workdir: pathlib.Path, job: str, may_resume: bool) -> None:
         raise UsageError(
             f"--workdir={workdir}: is not empty and --noresume was given. Fix: --workdir=NEW_DIR"
         )
-    if job == "evaluate" and not (workdir / "checkpoints").is_dir():
+    if job in ("evaluate", "serve") and not (workdir / "checkpoints").is_dir():
         raise UsageError(
-            f"--workdir={workdir}: holds no checkpoints to evaluate. Fix: run --job=train with it"
+            f"--workdir={workdir}: holds no checkpoints to {job}. Fix: run --job=train with it"
         )
 
 

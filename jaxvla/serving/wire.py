@@ -51,7 +51,7 @@ def pack(message: Mapping[str, Any]) -> bytes:
       ValueError: an array or scalar has a dtype that the protocol lacks.
       TypeError: a value of another type.
     """
-    return msgpack.packb(message, default=_encoded)
+    return msgpack.Packer(default=_encoded).pack(message)
 
 
 def unpack(data: bytes) -> dict[str, Any]:
