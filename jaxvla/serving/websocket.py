@@ -226,14 +226,15 @@ class WebsocketServer:
             received_s = time.monotonic()
             try:
                 answer = await self._answer_in_time(data)
+                timing["infer_ms"] = 1e3 * (time.monotonic() - received_s)
+                packed = wire.pack(answer | {"server_timing": timing})
             except RequestError as error:
                 return await self._refuse(connection, str(error))
             except Exception:
                 _LOG.exception("a request failed")
                 return await self._refuse(connection, "internal error: see the server's log")
-            timing["infer_ms"] = 1e3 * (time.monotonic() - received_s)
             async with asyncio.timeout(self._settings.deadline_s):
-                await connection.send(wire.pack(answer | {"server_timing": timing}))
+                await connection.send(packed)
             self._count(received_s, num_errors=0)
             timing["prev_total_ms"] = 1e3 * (time.monotonic() - start_s)
         await connection.close(_GOING_AWAY, "stopping")
