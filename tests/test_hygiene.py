@@ -173,6 +173,7 @@ def _import_in_a_process(modules: list[str], **environment: str) -> dict[str, li
 def test_configs_and_the_command_line_load_without_jax():
     light = ["", ".config", ".validation", ".layout", ".registry", ".telemetry", ".envs", ".models"]
     light += [".algorithms", ".main", ".runtime.cpu_settings", ".telemetry.writers"]
+    light += [".endpoint", ".serving.wire"]
     light += [".envs.host_worker"]  # imported by every worker process
     found = _import_in_a_process([f"jaxvla{name}" for name in light])
     assert not {"jax", "jaxlib", "flax", "mujoco"} & set(found["modules"])
