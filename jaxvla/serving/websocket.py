@@ -233,9 +233,10 @@ class WebsocketServer:
             except Exception:
                 _LOG.exception("a request failed")
                 return await self._refuse(connection, "internal error: see the server's log")
+            # First, because a client that has its answer may look at the counts.
+            self._count(received_s, num_errors=0)
             async with asyncio.timeout(self._settings.deadline_s):
                 await connection.send(packed)
-            self._count(received_s, num_errors=0)
             timing["prev_total_ms"] = 1e3 * (time.monotonic() - start_s)
         await connection.close(_GOING_AWAY, "stopping")
 

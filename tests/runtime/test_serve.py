@@ -185,11 +185,13 @@ def test_the_real_client_gets_the_policys_actions(saved: tuple[pathlib.Path, Par
 
 
 class Spy:
-    """Holds the first forward until so many requests wait behind it, and counts rows."""
+    """Holds the first forward until it is released and so many requests wait behind it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, num_behind: int):
         self.batches: list[int] = []
+        """Rows of every forward."""
         self.is_running = threading.Event()
+        self.release = threading.Event()
         submitted = threading.Semaphore(0)
         spy = self
 
@@ -199,6 +201,7 @@ class Spy:
                 assert kind == "act"
                 if len(spy.batches) == 1:
                     spy.is_running.set()
+                    assert spy.release.wait(TIMEOUT_S)
                     for _ in range(1 + num_behind):
                         assert submitted.acquire(timeout=TIMEOUT_S)
                 return super().run(kind, params, observations, keys)
@@ -218,6 +221,7 @@ def test_clients_share_a_forward_and_get_what_they_would_get_alone(
 ) -> None:
     workdir, params = saved
     spy = Spy(monkeypatch, num_behind=3)
+    spy.release.set()
     numbers = (1, 2, 3, 4)
     with job_of(workdir) as (job, port), ThreadPoolExecutor(4) as pool:
         silent = job.policy(port)  # connected, and asks nothing
@@ -266,17 +270,17 @@ def test_a_stop_answers_the_request_on_its_way(
     saved: tuple[pathlib.Path, Params], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workdir, _ = saved
-    spy = Spy(monkeypatch, num_behind=1)  # the second request lets the first one go
-    with job_of(workdir) as (job, port), ThreadPoolExecutor(2) as pool:
-        first, second = job.policy(port), job.policy(port)
-        answer = pool.submit(first.infer, request_of(1))
+    spy = Spy(monkeypatch, num_behind=0)
+    with job_of(workdir) as (job, port), ThreadPoolExecutor(1) as pool:
+        idle, busy = job.policy(port), job.policy(port)
+        answer = pool.submit(busy.infer, request_of(1))
         assert spy.is_running.wait(TIMEOUT_S)
-        waiting = pool.submit(second.infer, request_of(2))
         job.stop.set()
-        results = [future.exception(TIMEOUT_S) for future in (answer, waiting)]
-        # The second one may be too late; the first was being computed.
-        assert results[0] is None
-        assert results[1] is None or isinstance(results[1], exceptions.ConnectionClosed)
+        with pytest.raises(exceptions.ConnectionClosed):
+            idle._ws.recv(TIMEOUT_S)  # the stop is under way
+        assert not answer.done()
+        spy.release.set()
+        assert answer.result(TIMEOUT_S)["actions"].shape == (2, 2)
         assert job.finish() == 0
 
 
