@@ -316,6 +316,35 @@ class RuntimeConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class WebsocketConfig:
+    """The policy server of --job=serve, which openpi's clients talk to."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on. All but this machine's own (127.0.0.0/8, ::1, localhost) need a
+    token."""
+    port: int = 8000
+    """TCP port; 0: any free one, which is printed."""
+    token_file: str = ""
+    """File with the token that clients must send, as `Authorization: Api-Key TOKEN`; empty: none
+    is asked for, or that of `token_variable`."""
+    token_variable: str = ""
+    """Environment variable with the token, instead of a file."""
+    max_message_mib: int = 16
+    """Longest message of a client, in MiB; two raw camera images have to fit."""
+    max_connections: int = 64
+    """Clients at a time."""
+    deadline_s: float = 30.0
+    """A request that has no answer after so many seconds gets an error instead."""
+    ping_interval_s: float = 20.0
+    """Seconds between the pings that find out whether a client is still there."""
+    ping_timeout_s: float = 20.0
+    """A connection whose client does not answer a ping for so many seconds is closed."""
+    buckets: tuple[int, ...] = ()
+    """Compiled batch sizes, ascending; the last one is the most requests that share a forward.
+    Empty: 1, 2, 4 and 8 times the serving mesh's data axis."""
+
+
+@dataclass(kw_only=True, slots=True)
 class TelemetryConfig:
     """What is written beside metrics.jsonl."""
 
@@ -350,6 +379,7 @@ class ExperimentConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    websocket: WebsocketConfig = field(default_factory=WebsocketConfig)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

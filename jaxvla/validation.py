@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxvla.assignment import validate_servers
 from jaxvla.config import ConfigError, ExperimentConfig, override
+from jaxvla.endpoint import validate_websocket
 from jaxvla.layout import Layout, LayoutError, parse_layout
 
 _MAX_FLOAT32 = 3.4028234663852886e38
@@ -36,6 +37,7 @@ def validate(config: ExperimentConfig) -> None:
     _validate_batches(config, layout)
     _validate_serving(config, layout)
     _validate_warm_start(config)
+    validate_websocket(config.websocket, layout.roles["serving"])
 
 
 def validate_devices(config: ExperimentConfig, num_devices: int) -> None:

@@ -27,14 +27,14 @@ from jaxvla.config import (
     OptimizerConfig,
     override,
 )
-from jaxvla.data.normalization import NormStats
+from jaxvla.data.normalization import NormStats, normalize_on_host
 from jaxvla.envs import ENVS
 from jaxvla.layout import Layout, parse_layout
 from jaxvla.learning.optimizer import make_optimizer
 from jaxvla.learning.train_state import TrainState, init_state, state_shardings
 from jaxvla.learning.train_step import TrainFunctions
 from jaxvla.models import MODELS
-from jaxvla.models.prompts import encode_prompt, pad_prompt
+from jaxvla.models.prompts import encode_prompt, pad_prompt, tokenize_prompt
 from jaxvla.models.state_prompts import head_ids, make_state_text
 from jaxvla.models.tokenizer import Tokenizer
 from jaxvla.runtime.pretrained import (
@@ -120,6 +120,24 @@ class Blueprint:
             valid=struct(np.bool_),
             policy_version=struct(np.int32),
         )
+
+    def tokenize(self, text: str, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The prompt of any instruction and a state, on the host.
+
+        Args:
+          text: in natural language.
+          state: [S], in the env's units.
+
+        Returns:
+          ids int32 [N] and mask bool [N].
+
+        Raises:
+          ValueError: it is too long, or the state is not finite.
+        """
+        told = None
+        if self.config.model.tells_state():
+            told = normalize_on_host(state, self.stats.state, self.stats.kind)
+        return tokenize_prompt(self.tokenizer, text, self.table.tokens.shape[1], told)
 
     @property
     def identity(self) -> dict[str, str]:
@@ -308,12 +326,16 @@ class Parts:
     def fresh_params(self, training: Training) -> Params:
         """Initial parameters, random or from a file, made directly where they will live."""
         if self.config.model.initial_weights:
-            return load_initial_weights(
-                self.blueprint.policy,
-                self.config.model,
-                training.placed.params,
-                key=rng.stream(self.root, "init"),
-                identity=self.blueprint.identity,
-            )
+            return self.initial_params(training.placed.params)
         init = jax.jit(self.blueprint.policy.init, out_shardings=training.placed.params)
         return init(rng.stream(self.root, "init"))
+
+    def initial_params(self, placed: Params) -> Params:
+        """Those of `model.initial_weights`, placed as a tree of shardings says."""
+        return load_initial_weights(
+            self.blueprint.policy,
+            self.config.model,
+            placed,
+            key=rng.stream(self.root, "init"),
+            identity=self.blueprint.identity,
+        )

@@ -32,6 +32,7 @@ from jaxvla.runtime.evaluate import (
 from jaxvla.runtime.export import check_export, export
 from jaxvla.runtime.groups import Groups
 from jaxvla.runtime.pretrained import CHECKPOINTS, STATS_FILE, check_initial_weights
+from jaxvla.runtime.serve import check_endpoint, serve_policy
 from jaxvla.runtime.signals import stop_on_signals
 from jaxvla.telemetry.metrics import MetricRecorder
 from jaxvla.telemetry.progress import Screen
@@ -41,7 +42,7 @@ from jaxvla.transport.schedule_file import ScheduleRecorder, ScheduleReplay
 from jaxvla.validation import validate_devices
 
 EXIT_FINISHED, EXIT_UNSAFE = 0, 4
-_READERS = ("evaluate", "export")
+_READERS = ("evaluate", "serve", "export")
 """Jobs that only read the policy of a work directory."""
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "mujoco", "mujoco-mjx", "numpy")
 
@@ -86,7 +87,9 @@ def run(
     if job == "compile_tasks":
         return _compile_tasks(config)
     if not is_dry_run:
-        _check_workdir(workdir, job, may_resume)
+        _check_workdir(workdir, job, may_resume, bool(config.model.initial_weights))
+        if job == "serve":
+            check_endpoint(config)
     _check_schedules(record_schedule, replay_schedule, job, workdir)
     if with_judge and job != "evaluate":
         raise UsageError(f"--judge: job {job!r} has no judge. Fix: --job=evaluate")
@@ -116,7 +119,7 @@ def run(
         check_export(blueprint, export_dir)
         with Screen(sys.stdout, num_updates=0) as screen:
             return export(blueprint, workdir, export_dir, asset_id, screen)
-    if job == "train" and not (workdir / CHECKPOINTS).is_dir():
+    if not (workdir / CHECKPOINTS).is_dir():
         check_initial_weights(blueprint.policy, blueprint.config.model, blueprint.identity)
     _configure_jax(config)
     schedule = replay or _recorder(record_schedule, blueprint)
@@ -145,6 +148,8 @@ def _run(
     ):
         if job == "evaluate":
             return evaluate_checkpoint(blueprint, workdir, screen, stop_requested, judge)
+        if job == "serve":
+            return serve_policy(blueprint, workdir, screen, stop_requested)
         _write_config(blueprint, workdir)
         return Controller(
             blueprint,
@@ -285,8 +290,10 @@ def _configure_jax(config: ExperimentConfig) -> None:
         jax.config.update("jax_default_matmul_precision", config.runtime.matmul_precision)
 
 
-def _check_workdir(workdir: pathlib.Path, job: str, may_resume: bool) -> None:
-    """Refuses to overwrite a run, or to evaluate one that is not there."""
+def _check_workdir(
+    workdir: pathlib.Path, job: str, may_resume: bool, has_initial_weights: bool
+) -> None:
+    """Refuses to overwrite a run, or to use one that is not there."""
     if workdir.exists() and not workdir.is_dir():
         raise UsageError(f"--workdir={workdir}: is not a directory. Fix: --workdir=NEW_DIR")
     is_used = workdir.is_dir() and any(workdir.iterdir())
@@ -294,9 +301,10 @@ def _check_workdir(workdir: pathlib.Path, job: str, may_resume: bool) -> None:
         raise UsageError(
             f"--workdir={workdir}: is not empty and --noresume was given. Fix: --workdir=NEW_DIR"
         )
-    if job in _READERS and not (workdir / CHECKPOINTS).is_dir():
+    if job in _READERS and not (workdir / CHECKPOINTS).is_dir() and not has_initial_weights:
         raise UsageError(
-            f"--workdir={workdir}: holds no checkpoints to {job}. Fix: run --job=train with it"
+            f"--workdir={workdir}: holds no checkpoints to {job}. Fix: run --job=train with it, or "
+            "--config.model.initial_weights=CHECKPOINT"
         )
 
 

@@ -18,6 +18,7 @@ from simulation.counter_env import FAIL, SUCCEED, CounterEnv, CounterState
 
 from jaxvla import config as c
 from jaxvla.algorithms.ppo import PPOConfig
+from jaxvla.data.normalization import NormStats
 from jaxvla.layout import parse_layout
 from jaxvla.models.tokenizer import ByteTokenizer
 from jaxvla.runtime.build import Blueprint
@@ -86,6 +87,7 @@ def make_blueprint(
         policy=policy or TinyPolicy(CounterEnv.spec),
         layout=parse_layout(layout),
         tokenizer=ByteTokenizer(),
+        stats=NormStats.from_bounds([0.0, 0.0], [1.0, 1.0], 2),
         table=TokenTable(tokens=tokens, mask=tokens > 0),
     )
 
