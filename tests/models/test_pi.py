@@ -61,8 +61,8 @@ def rows(tree, index):
 
 
 def test_sample_shapes_and_dtypes(sample) -> None:
-    for array in (sample.actions, sample.trace.x_t, sample.trace.x_next):
-        assert array.shape == (5, 6, 3) and array.dtype == jnp.float32
+    assert sample.actions.shape == (5, 6, 3) and sample.actions.dtype == jnp.float32
+    assert sample.trace.states.shape == (5, 2, 6, 3) and sample.trace.states.dtype == jnp.float32
     for array in (sample.log_prob, sample.value):
         assert array.shape == (5,) and array.dtype == jnp.float32
         assert np.isfinite(array).all()
@@ -114,11 +114,11 @@ def test_without_exploration_the_path_is_the_ode(policy, params, observation, qu
     def last_transition(params, observation, trace):
         prefix, state = policy.prefix(params, observation), policy._model_state(observation)
         time = 1.0 - trace.step / policy.config.num_denoise_steps
-        velocity = policy.velocity(params, prefix, state, trace.x_t, time)
-        return trace.x_t - velocity / policy.config.num_denoise_steps
+        velocity = policy.velocity(params, prefix, state, trace.states[:, 0], time)
+        return trace.states[:, 0] - velocity / policy.config.num_denoise_steps
 
     expected = quick_jit(last_transition)(params, observation, result.trace)
-    assert_close(result.trace.x_next, expected)
+    assert_close(result.trace.states[:, 1], expected)
 
 
 def test_masked_inputs_do_not_matter(params, observation, act, sample) -> None:
@@ -170,11 +170,10 @@ def test_padded_dimensions_stay_inside(spec, observation, quick_jit) -> None:
     policy = make_policy(config, spec)
     params = quick_jit(policy.init)(jax.random.key(0))
     sample = quick_jit(functools.partial(policy.act, explore=True))(params, observation, keys_of(5))
-    assert sample.actions.shape == (5, 6, 3) and sample.trace.x_t.shape == (5, 6, 7)
+    assert sample.actions.shape == (5, 6, 3) and sample.trace.states.shape == (5, 2, 6, 7)
     # Only the 4 executed steps of the 3 env dimensions are scored.
-    unscored = sample.trace.replace(
-        x_next=sample.trace.x_next.at[:, 4:].add(9.0).at[:, :, 3:].add(9.0)
-    )
+    states = sample.trace.states.at[:, 1, 4:].add(9.0).at[:, 1, :, 3:].add(9.0)
+    unscored = sample.trace.replace(states=states)
     log_prob, _, _ = quick_jit(evaluation(policy))(params, observation, unscored)
     assert_close(log_prob, sample.log_prob, atol=1e-4)
 
