@@ -34,8 +34,14 @@ class PPOConfig(AlgorithmConfig):
     """The ratio is clipped below at 1 - clip_low."""
     clip_high: float = 0.2
     """The ratio is clipped above at 1 + clip_high."""
+    dual_clip: float = 0.0
+    """Ratio beyond which an action of negative advantage pulls no more, above 1 + clip_high;
+    0: none. Published runs use 3."""
     value_clip: float = 0.2
     """Trust region of the critic, in units of value."""
+    value_huber: float = 0.0
+    """Error of the critic beyond which its loss grows linearly, in units of value; 0: the loss is
+    squared throughout. Published runs use 10."""
     value_coef: float = 0.5
     """Weight of the value loss."""
     entropy_coef: float = 0.0
@@ -56,7 +62,13 @@ class PPOConfig(AlgorithmConfig):
             ("trace_decay", "must be in [0, 1]", 0.0 <= self.trace_decay <= 1.0),
             ("clip_low", "must be > 0", self.clip_low > 0.0),
             ("clip_high", "must be > 0", self.clip_high > 0.0),
+            (
+                "dual_clip",
+                f"must be 0 or > 1 + clip_high = {1.0 + self.clip_high:g}",
+                self.dual_clip == 0.0 or self.dual_clip > 1.0 + self.clip_high,
+            ),
             ("value_clip", "must be > 0", self.value_clip > 0.0),
+            ("value_huber", "must be >= 0", self.value_huber >= 0.0),
             ("value_coef", "must be >= 0", self.value_coef >= 0.0),
             ("entropy_coef", "must be >= 0", self.entropy_coef >= 0.0),
         ):
@@ -151,12 +163,20 @@ class PPO:
         ratio = jnp.exp(log_ratio)
         behavior_weight, is_capped = self._correction.weigh(before, config.correction)
         surrogate = losses.clipped_surrogate(
-            ratio, batch.advantage, clip_low=config.clip_low, clip_high=config.clip_high
+            ratio,
+            batch.advantage,
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
+            dual_clip=config.dual_clip,
         )
         policy_loss = losses.weighted_mean(behavior_weight * surrogate, batch.weight)
         value_loss = losses.weighted_mean(
             losses.clipped_value_error(
-                value, batch.proximal_value, batch.return_, clip=config.value_clip
+                value,
+                batch.proximal_value,
+                batch.return_,
+                clip=config.value_clip,
+                huber=config.value_huber,
             ),
             batch.weight,
         )
