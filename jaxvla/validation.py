@@ -10,6 +10,7 @@ from typing import Any
 from jaxvla.assignment import validate_servers
 from jaxvla.config import ConfigError, ExperimentConfig, override
 from jaxvla.layout import Layout, LayoutError, parse_layout
+from jaxvla.segments import validate_segments
 
 _MAX_FLOAT32 = 3.4028234663852886e38
 _SELECTIONS = ("env.tasks", "env.task_ids", "telemetry.writers")
@@ -32,6 +33,7 @@ def validate(config: ExperimentConfig) -> None:
     config.model.validate()
     config.algorithm.validate()
     layout = _validate_layout(config)
+    validate_segments(config)
     _validate_schedule(config)
     _validate_batches(config, layout)
     _validate_serving(config, layout)
@@ -92,7 +94,6 @@ _RANGES = (
             "algorithm.num_minibatches",
             "simulation.num_groups",
             "simulation.envs_per_group",
-            "simulation.segment_length",
             "simulation.lease_s",
             "serving.num_servers",
             "schedule.window",
@@ -112,6 +113,7 @@ _RANGES = (
         holds=lambda x: x >= 0,
         fix=0,
         names=(
+            "simulation.group_size",
             "schedule.max_staleness",
             "warm_start.num_steps",
             "warm_start.num_grounding_steps",
@@ -156,7 +158,7 @@ _RANGES = (
         allowed="must be -1 or > 0",
         holds=lambda x: x == -1 or x > 0,
         fix=-1,
-        names=("serving.trigger_size", "serving.max_batch"),
+        names=("simulation.segment_length", "serving.trigger_size", "serving.max_batch"),
     ),
     _Range(
         allowed="must be >= 2: one may turn out damaged",
@@ -343,14 +345,7 @@ def _validate_schedule(config: ExperimentConfig) -> None:
 
 def _validate_batches(config: ExperimentConfig, layout: Layout) -> None:
     simulation, warm_start = config.simulation, config.warm_start
-    envs, length = simulation.envs_per_group, simulation.segment_length
-    _require(
-        config,
-        "algorithm.num_minibatches",
-        length % config.algorithm.num_minibatches == 0,
-        f"must divide simulation.segment_length = {length}",
-        1,
-    )
+    envs = simulation.envs_per_group
     data = layout.roles["simulation"].axes["data"]
     axes = layout.roles["learning"].axes
     shards = axes["data"] * axes["fsdp"]

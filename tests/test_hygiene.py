@@ -22,7 +22,7 @@ _LAYERS = (
     ("simulation", "serving", "learning", "evaluation"),
     ("envs", "models", "algorithms", "data", "transport"),
     ("sharding", "checkpoint", "telemetry"),
-    ("types", "config", "validation", "layout", "assignment", "registry", "rng"),
+    ("types", "config", "validation", "layout", "assignment", "segments", "registry", "rng"),
 )
 """Imports go down this table. Neighbours of a row do not import each other."""
 

@@ -30,6 +30,7 @@ from jaxvla.learning.train_step import TrainFunctions
 from jaxvla.models import MODELS
 from jaxvla.models.prompts import tokenize_prompt
 from jaxvla.models.tokenizer import ByteTokenizer, Tokenizer
+from jaxvla.segments import resolve_segments
 from jaxvla.serving.sampling import Sampler
 from jaxvla.simulation.unroll import TokenTable
 from jaxvla.types import EnvSpec, Observation, Params, PolicySample, Trajectory, stand_in
@@ -131,6 +132,7 @@ def draw_blueprint(config: ExperimentConfig) -> Blueprint:
         config, env=env.config, model=model, serving=_resolve_serving(config)
     )
     spec = env.spec
+    config = resolve_segments(config, spec.max_episode_steps)
     stats = NormStats.from_bounds(
         np.asarray(spec.state_low), np.asarray(spec.state_high), spec.action_dim
     )
