@@ -2,6 +2,9 @@
 
 Command:   python -m jaxvla.main --config=configs/tabletop_grpo.py
 Hardware:  2 CPU cores
+Time:      14 minutes for the 64 updates, on two busy cores, after compilation and warm start
+Result:    success 0.45 [0.39, 0.51] after the warm start, 0.79 [0.74, 0.84] of 256 episodes after
+           64 updates; one run. The quickstart's PPO reaches 0.89 with as many chunk queries
 """
 
 import dataclasses
@@ -19,7 +22,9 @@ def get_config() -> c.ExperimentConfig:
         env=TabletopConfig(tasks=("reach",), num_executed=4),
         model=dataclasses.replace(tiny_config(), detach_value=True),
         algorithm=GRPOConfig(num_epochs=2, num_minibatches=2, clip_high=0.28, filter_uniform=True),
-        optimizer=c.OptimizerConfig(learning_rate=1.5e-4, warmup_steps=12, trainable=EXPERT),
+        optimizer=c.OptimizerConfig(
+            learning_rate=1e-4, warmup_steps=12, decay_steps=300, trainable=EXPERT
+        ),
         warm_start=c.WarmStartConfig(
             num_grounding_steps=300,
             num_steps=380,
@@ -32,7 +37,7 @@ def get_config() -> c.ExperimentConfig:
             num_groups=2, envs_per_group=32, group_size=8, segment_length=-1
         ),
         serving=c.ServingConfig(max_batch=32),
-        learning=c.LearningConfig(num_updates=48, trajectories_per_update=2, encode_once=True),
+        learning=c.LearningConfig(num_updates=64, trajectories_per_update=4, encode_once=True),
         evaluation=c.EvaluationConfig(num_episodes=256),
     )
 
