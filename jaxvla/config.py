@@ -117,6 +117,16 @@ class AlgorithmConfig:
     def validate(self) -> None:
         """Raises ConfigError when a setting of the plug-in cannot work."""
 
+    def resolve(self, *, group_size: int) -> "AlgorithmConfig":
+        """A copy with every -1 filled in. `group_size`: `simulation.group_size`."""
+        del group_size
+        return self
+
+    def compares_episodes(self) -> bool:
+        """Whether it compares episodes that began alike, `simulation.group_size` of them, and reads
+        no values: critics are not asked what follows a trajectory."""
+        return False
+
     def reads_final_values(self) -> bool:
         """Whether the value of the last observation of truncated episodes matters."""
         return True
@@ -178,8 +188,13 @@ class SimulationConfig:
     """Env groups; two or more overlap inference with stepping."""
     envs_per_group: int = 32
     """Envs E in a group."""
+    group_size: int = 0
+    """Envs G, next to each other in an env group, that begin every trajectory with the same task
+    and the same initial state, and play one episode in it; divides envs_per_group. 0: every env
+    plays its own episodes, which go on over trajectories."""
     segment_length: int = 8
-    """Chunk queries T in a trajectory."""
+    """Chunk queries T in a trajectory. With group_size > 0 it is -1 for those of the longest
+    episode, which is what it has to be."""
     lease_s: float = 900.0
     """A trajectory that is not delivered this long after its admission is given up, and its
     credit returns; far above the slowest healthy one."""

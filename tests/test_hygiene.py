@@ -22,7 +22,10 @@ _LAYERS = (
     ("simulation", "serving", "learning", "evaluation"),
     ("envs", "models", "algorithms", "data", "transport"),
     ("sharding", "checkpoint", "telemetry"),
-    ("types", "config", "validation", "layout", "assignment", "endpoint", "registry", "rng"),
+    (
+        *("types", "config", "validation", "layout", "assignment", "endpoint", "segments"),
+        *("registry", "rng"),
+    ),
 )
 """Imports go down this table. Neighbours of a row do not import each other."""
 

@@ -43,6 +43,7 @@ from jaxvla.runtime.pretrained import (
     find_tokenizer,
     load_initial_weights,
 )
+from jaxvla.segments import resolve_segments
 from jaxvla.serving.sampling import Sampler
 from jaxvla.simulation.unroll import TokenTable
 from jaxvla.types import EnvSpec, Observation, Params, PolicySample, Trajectory, stand_in
@@ -175,6 +176,7 @@ def draw_blueprint(config: ExperimentConfig, workdir: pathlib.Path | None = None
         config, env=env.config, model=model, serving=_resolve_serving(config)
     )
     spec = env.spec
+    config = resolve_segments(config, spec.max_episode_steps)
     stats = find_stats(config.model, spec, workdir)
     blueprint = Blueprint(
         config=config,

@@ -71,12 +71,12 @@ def make_blueprint(
         "learning": c.LearningConfig(num_updates=4, trajectories_per_update=2),
         "evaluation": c.EvaluationConfig(num_episodes=4, num_videos=0),
         "checkpoint": c.CheckpointConfig(interval=2, keep=2),
+        "algorithm": PPOConfig(),
     }
     config = c.ExperimentConfig(
         name="tiny",
         env=c.EnvConfig(name="counter", num_executed=HORIZON),
         model=c.ModelConfig(name="tiny", action_horizon=HORIZON),
-        algorithm=PPOConfig(),
         meshes=c.MeshesConfig(layout=layout),
         **(defaults | sections),
     )
