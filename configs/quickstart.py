@@ -45,5 +45,5 @@ def get_config() -> c.ExperimentConfig:
     )
 
 
-EXPERT_AND_CRITIC = "^PaliGemma/llm/.*_1/|^(action|time|state)_|^value_head/"
-"""Parameter paths of the action expert, its projections, and the value head."""
+EXPERT_AND_CRITIC = "^PaliGemma/llm/.*_1/|^(action|time|state)_|^(value|noise)_head/"
+"""Parameter paths of the action expert, its projections, and the heads of RL."""

@@ -117,6 +117,16 @@ class AlgorithmConfig:
     def validate(self) -> None:
         """Raises ConfigError when a setting of the plug-in cannot work."""
 
+    def resolve(self, *, group_size: int) -> "AlgorithmConfig":
+        """A copy with every -1 filled in. `group_size`: `simulation.group_size`."""
+        del group_size
+        return self
+
+    def compares_episodes(self) -> bool:
+        """Whether it compares episodes that began alike, `simulation.group_size` of them, and reads
+        no values: critics are not asked what follows a trajectory."""
+        return False
+
     def reads_final_values(self) -> bool:
         """Whether the value of the last observation of truncated episodes matters."""
         return True
@@ -231,8 +241,13 @@ class SimulationConfig:
     """Env groups; two or more overlap inference with stepping."""
     envs_per_group: int = 32
     """Envs E in a group."""
+    group_size: int = 0
+    """Envs G, next to each other in an env group, that begin every trajectory with the same task
+    and the same initial state, and play one episode in it; divides envs_per_group. 0: every env
+    plays its own episodes, which go on over trajectories."""
     segment_length: int = 8
-    """Chunk queries T in a trajectory."""
+    """Chunk queries T in a trajectory. With group_size > 0 it is -1 for those of the longest
+    episode, which is what it has to be."""
     lease_s: float = 900.0
     """A trajectory that is not delivered this long after its admission is given up, and its
     credit returns; far above the slowest healthy one."""
@@ -369,6 +384,35 @@ class RuntimeConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class WebsocketConfig:
+    """The policy server of --job=serve, which openpi's clients talk to."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on. All but this machine's own (127.0.0.0/8, ::1, localhost) need a
+    token."""
+    port: int = 8000
+    """TCP port; 0: any free one, which is printed."""
+    token_file: str = ""
+    """File with the token that clients must send, as `Authorization: Api-Key TOKEN`; empty: none
+    is asked for, or that of `token_variable`."""
+    token_variable: str = ""
+    """Environment variable with the token, instead of a file."""
+    max_message_mib: int = 16
+    """Longest message of a client, in MiB; two raw camera images have to fit."""
+    max_connections: int = 64
+    """Clients at a time."""
+    deadline_s: float = 30.0
+    """A request that has no answer after so many seconds gets an error instead."""
+    ping_interval_s: float = 20.0
+    """Seconds between the pings that find out whether a client is still there."""
+    ping_timeout_s: float = 20.0
+    """A connection whose client does not answer a ping for so many seconds is closed."""
+    buckets: tuple[int, ...] = ()
+    """Compiled batch sizes, ascending; the last one is the most requests that share a forward.
+    Empty: 1, 2, 4 and 8 times the serving mesh's data axis."""
+
+
+@dataclass(kw_only=True, slots=True)
 class TelemetryConfig:
     """What is written beside metrics.jsonl."""
 
@@ -404,6 +448,7 @@ class ExperimentConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    websocket: WebsocketConfig = field(default_factory=WebsocketConfig)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

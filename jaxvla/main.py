@@ -2,7 +2,7 @@
 
     python -m jaxvla.main --config=configs/quickstart.py [--config.section.field=value ...]
                           [--workdir=DIR]
-                          [--job=train|finetune|evaluate|export|compile_tasks]
+                          [--job=train|finetune|evaluate|serve|export|compile_tasks]
                           [--judge] [--dry_run] [--noresume]
                           [--export_dir=DIR] [--asset_id=NAME]
                           [--record_schedule=FILE] [--replay_schedule=FILE]
@@ -12,11 +12,13 @@ Jobs
   finetune       supervised fine-tuning on demonstrations, see docs/finetuning.md
   evaluate       the newest checkpoint of the work directory on fixed episodes; with --judge also
                  in the env that has the last word (LIBERO itself for libero_mjx)
+  serve          that checkpoint on a websocket, for openpi's clients, until SIGTERM or SIGINT
   export         that checkpoint as one of openpi, in --export_dir, which must not exist
   compile_tasks  the task files of libero_mjx, from the installed LIBERO package
 
 Exit codes: 0 finished, 1 a program failed, 2 bad usage or config, 3 stopped by a signal
-(the same command continues), 4 a safety stop.
+(the same command continues), 4 a safety stop. A signal is the end that serve is meant to have:
+once its requests are answered it exits with 0.
 
 Nothing is imported here that imports jax before the settings for CPU runs are in place.
 """
@@ -41,7 +43,7 @@ from jaxvla.runtime import cpu_settings
 from jaxvla.validation import type_name, validate
 
 EXIT_FINISHED, EXIT_USAGE = 0, 2
-JOBS = ("train", "finetune", "evaluate", "export", "compile_tasks")
+JOBS = ("train", "finetune", "evaluate", "serve", "export", "compile_tasks")
 
 
 def console_main() -> None:

@@ -85,7 +85,8 @@ class ChunkResult:
     """Outcome of running one action chunk in every env of a group."""
 
     observation: Observation
-    """[E], after the auto-reset of finished episodes: what the policy reads next."""
+    """[E], what the policy reads next: after the auto-reset of finished episodes, or of envs that
+    stand still (`simulation.group_size`) their last one."""
     final_observation: Observation | None
     """[E], before the reset; valid only where `truncated`. None when nobody reads it."""
     reward: AnyArray
@@ -97,7 +98,8 @@ class ChunkResult:
     success: AnyArray
     """bool [E], the episode that ended was a success."""
     num_steps: AnyArray
-    """int32 [E], control steps executed in this chunk."""
+    """int32 [E], control steps executed in this chunk; 0 where the env stood still, as its episode
+    had ended before, or failed."""
     episode_return: AnyArray
     """float32 [E], undiscounted return so far, of the episode this chunk belongs to."""
     episode_steps: AnyArray
@@ -139,8 +141,9 @@ class PolicySample:
 class Trajectory:
     """Fixed-length record of one env group, the unit of the queue.
 
-    Time-major [T, B] with T chunk queries and B = E envs. Episodes may end and
-    begin anywhere inside it.
+    Time-major [T, B] with T chunk queries and B = E envs. Episodes may end and begin anywhere
+    inside it. With `simulation.group_size` they all begin with it and none follows: what comes
+    after the end of an episode is not valid, and every number of it is finite.
     """
 
     observation: Observation
@@ -189,4 +192,5 @@ class TrainingBatch:
     return_: jax.Array
     """float32, target of the critic."""
     weight: jax.Array
-    """float32, 0 for samples that must not count, else 1."""
+    """float32, 0 for samples that must not count, else their share in the mean that the loss is:
+    1, where samples count alike."""

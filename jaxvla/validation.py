@@ -9,7 +9,9 @@ from typing import Any
 
 from jaxvla.assignment import validate_servers
 from jaxvla.config import ConfigError, ExperimentConfig, override
+from jaxvla.endpoint import validate_websocket
 from jaxvla.layout import Layout, LayoutError, parse_layout
+from jaxvla.segments import validate_segments
 
 _MAX_FLOAT32 = 3.4028234663852886e38
 _SELECTIONS = ("env.tasks", "env.task_ids", "telemetry.writers")
@@ -32,10 +34,12 @@ def validate(config: ExperimentConfig) -> None:
     config.model.validate()
     config.algorithm.validate()
     layout = _validate_layout(config)
+    validate_segments(config)
     _validate_schedule(config)
     _validate_batches(config, layout)
     _validate_serving(config, layout)
     _validate_warm_start(config)
+    validate_websocket(config.websocket, layout.roles["serving"])
 
 
 def validate_devices(config: ExperimentConfig, num_devices: int) -> None:
@@ -94,7 +98,6 @@ _RANGES = (
             "algorithm.num_minibatches",
             "simulation.num_groups",
             "simulation.envs_per_group",
-            "simulation.segment_length",
             "simulation.lease_s",
             "serving.num_servers",
             "schedule.window",
@@ -118,6 +121,7 @@ _RANGES = (
         holds=lambda x: x >= 0,
         fix=0,
         names=(
+            "simulation.group_size",
             "schedule.max_staleness",
             "warm_start.num_steps",
             "warm_start.num_grounding_steps",
@@ -163,7 +167,7 @@ _RANGES = (
         allowed="must be -1 or > 0",
         holds=lambda x: x == -1 or x > 0,
         fix=-1,
-        names=("serving.trigger_size", "serving.max_batch"),
+        names=("simulation.segment_length", "serving.trigger_size", "serving.max_batch"),
     ),
     _Range(
         allowed="must be >= 2: one may turn out damaged",
@@ -350,26 +354,11 @@ def _validate_schedule(config: ExperimentConfig) -> None:
 
 def _validate_batches(config: ExperimentConfig, layout: Layout) -> None:
     simulation, warm_start = config.simulation, config.warm_start
-    envs, length = simulation.envs_per_group, simulation.segment_length
-    _require(
-        config,
-        "algorithm.num_minibatches",
-        length % config.algorithm.num_minibatches == 0,
-        f"must divide simulation.segment_length = {length}",
-        1,
-    )
-    parts, size = config.learning.num_microbatches, length // config.algorithm.num_minibatches
+    envs = simulation.envs_per_group
     _require(
         config,
         "learning.num_microbatches",
-        size % parts == 0,
-        f"must divide the {size} chunk queries of a minibatch",
-        math.gcd(parts, size),
-    )
-    _require(
-        config,
-        "learning.num_microbatches",
-        parts == 1 or not config.schedule.stream_microbatches,
+        config.learning.num_microbatches == 1 or not config.schedule.stream_microbatches,
         "must be 1 with schedule.stream_microbatches, where a trajectory is a microbatch",
         1,
     )

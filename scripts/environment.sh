@@ -29,6 +29,12 @@ ensure_environment() {
   # --no-compile: Python compiles what is imported when it is imported, a fraction of it all.
   "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-compile \
     --constraint "$ROOT/requirements.lock" --editable "$ROOT${extras:+[$extras]}"
+  case ",$extras," in
+    # What tests talk to --job=serve with. --no-deps: its metadata wants numpy<2, and its code runs
+    # with any. All else that its client imports is there already.
+    *,openpi,*) "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-compile \
+      --no-deps openpi-client==0.1.2 ;;
+  esac
   echo "$wanted $extras" > "$stamp"
   echo "installation took $((SECONDS - start))s"
 }

@@ -22,7 +22,10 @@ _LAYERS = (
     ("simulation", "serving", "learning", "evaluation"),
     ("envs", "models", "algorithms", "data", "transport"),
     ("sharding", "checkpoint", "telemetry"),
-    ("types", "config", "validation", "layout", "assignment", "registry", "rng"),
+    (
+        *("types", "config", "validation", "layout", "assignment", "endpoint", "segments"),
+        *("registry", "rng"),
+    ),
 )
 """Imports go down this table. Neighbours of a row do not import each other."""
 
@@ -49,6 +52,8 @@ _CONFINED = {
     "tensorboardX": ("telemetry/writers.py",),
     "sentencepiece": ("models/tokenizer.py",),
     "tokenizers": ("models/tokenizer.py",),
+    "msgpack": ("serving/wire.py",),
+    "websockets": ("serving/websocket.py",),
     "pickle": ("envs/libero_init_states.py",),  # a restricted unpickler
     "ray": (),
     "torch": (),
@@ -174,6 +179,7 @@ def _import_in_a_process(modules: list[str], **environment: str) -> dict[str, li
 def test_configs_and_the_command_line_load_without_jax():
     light = ["", ".config", ".validation", ".layout", ".registry", ".telemetry", ".envs", ".models"]
     light += [".algorithms", ".main", ".runtime.cpu_settings", ".telemetry.writers"]
+    light += [".endpoint", ".serving.wire"]
     light += [".envs.host_worker"]  # imported by every worker process
     found = _import_in_a_process([f"jaxvla{name}" for name in light])
     assert not {"jax", "jaxlib", "flax", "mujoco"} & set(found["modules"])

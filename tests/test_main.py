@@ -161,8 +161,19 @@ _MISTAKES = {
         f"{_DEBUG} --workdir=used --job=evaluate",
         "--workdir=used: holds no checkpoints to evaluate. Fix: run --job=train",
     ),
+    "nothing to serve": (
+        f"{_DEBUG} --workdir=used --job=serve",
+        "--workdir=used: holds no checkpoints to serve. Fix: run --job=train",
+    ),
+    "serving other machines without a token": (
+        f"{_DEBUG} --job=serve {_C}websocket.host=0.0.0.0",
+        "config.websocket.host = '0.0.0.0': can be reached from other machines",
+        "Fix: --config.websocket.host=127.0.0.1",
+    ),
     "platform that is not there": (_DEBUG, "JAX has no devices: ", "no_such_platform", "Fix: "),
 }
+
+_ANY_PORT = "--config.websocket.port=0"
 
 _CHILD = """
 import contextlib, io, json, sys
@@ -333,18 +344,18 @@ def test_devices_are_counted_before_an_env_is_made(
     assert made == []
 
 
-@pytest.mark.parametrize("job", ["train", "evaluate"])
+@pytest.mark.parametrize("job", ["train", "evaluate", "serve"])
 def test_a_checkpoint_of_another_tokenizer_is_refused(place: pathlib.Path, job: str):
     path = place / "run" / "checkpoints"
     checkpointer = Checkpointer(path, keep=2, identity={"tokenizer": "words-7"})
     checkpointer.save(1, {"w": np.zeros(3, np.float32)}, {"segments": {}})
     checkpointer.close()
-    code, _, err = _main(_DEBUG, "--workdir=run", f"--job={job}")
+    code, _, err = _main(_DEBUG, "--workdir=run", f"--job={job}", _ANY_PORT)
     assert code == 2 and err.count("\n") == 1
     assert "another tokenizer: 'words-7' in it, 'byte-260' now. Fix: " in err
 
 
-@pytest.mark.parametrize("job", ["train", "evaluate"])
+@pytest.mark.parametrize("job", ["train", "evaluate", "serve"])
 def test_a_checkpoint_of_other_settings_is_refused_before_anything_is_written(
     place: pathlib.Path, job: str
 ):
@@ -353,7 +364,7 @@ def test_a_checkpoint_of_other_settings_is_refused_before_anything_is_written(
     checkpointer.save(1, arrays, {"segments": {}})
     checkpointer.close()
     before = _listing(place)
-    code, _, err = _main(_DEBUG, "--workdir=run", f"--job={job}")
+    code, _, err = _main(_DEBUG, "--workdir=run", f"--job={job}", _ANY_PORT)
     assert code == 2 and err.count("\n") == 1
     assert "was made with other settings: state/params/w is float32 [3] in it, absent now" in err
     assert _listing(place) == before

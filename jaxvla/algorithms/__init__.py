@@ -2,4 +2,7 @@
 
 from jaxvla.registry import Registry
 
-ALGORITHMS = Registry("algorithm", {"ppo": "jaxvla.algorithms.ppo:PPO"})
+ALGORITHMS = Registry(
+    "algorithm",
+    {"ppo": "jaxvla.algorithms.ppo:PPO", "grpo": "jaxvla.algorithms.grpo:GRPO"},
+)

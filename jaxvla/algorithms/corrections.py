@@ -221,7 +221,7 @@ def metrics(
     """
     return {
         "behavior_weight/mean": losses.weighted_mean(behavior_weight, weight),
-        "behavior_weight/max": jnp.max(behavior_weight * weight),
+        "behavior_weight/max": jnp.max(jnp.where(weight > 0.0, behavior_weight, 0.0)),
         "behavior_weight/capped_fraction": losses.weighted_mean(
             is_capped.astype(jnp.float32), weight
         ),

@@ -16,14 +16,21 @@ def clipped_surrogate(
     *,
     clip_low: float,
     clip_high: float,
+    dual_clip: float = 0.0,
 ) -> Float[Array, "*shape"]:
-    """-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A).
+    """-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), and with a dual clip c > 0 where A < 0
+    no more than -c A.
 
     Schulman et al. 2017, eq. 7 (https://arxiv.org/abs/1707.06347), with separate bounds as in
-    DAPO (https://arxiv.org/abs/2503.14476).
+    DAPO (https://arxiv.org/abs/2503.14476). The dual clip (Ye et al. 2020, eq. 8,
+    https://arxiv.org/abs/1912.09729) bounds the loss, and ends the pull, of a bad action that has
+    become c times as likely: without it such a sample outweighs all others.
     """
     clipped = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
-    return -jnp.minimum(ratio * advantage, clipped * advantage)
+    loss = -jnp.minimum(ratio * advantage, clipped * advantage)
+    if not dual_clip:
+        return loss
+    return jnp.where(advantage < 0.0, jnp.minimum(loss, -dual_clip * advantage), loss)
 
 
 def clipped_value_error(
@@ -32,15 +39,22 @@ def clipped_value_error(
     return_: Float[Array, "*shape"],
     *,
     clip: float,
+    huber: float = 0.0,
 ) -> Float[Array, "*shape"]:
     """Half the larger of the squared errors of V and of V clipped to V_old +- clip.
 
     The critic's trust region of the PPO reference implementation (https://arxiv.org/abs/2005.12729,
-    section 3): a sample stops pulling once V has moved `clip` towards its target.
+    section 3): a sample stops pulling once V has moved `clip` towards its target. With `huber` > 0
+    errors beyond it count linearly: huber (|error| - huber / 2) (Huber 1964,
+    https://doi.org/10.1214/aoms/1177703732), so that no sample pulls with more than `huber`.
     """
     near = behavior_value + jnp.clip(value - behavior_value, -clip, clip)
-    errors = jnp.maximum(jnp.square(value - return_), jnp.square(near - return_))
-    return 0.5 * errors
+    squared = jnp.maximum(jnp.square(value - return_), jnp.square(near - return_))
+    if not huber:
+        return 0.5 * squared
+    is_far = squared > huber**2
+    size = jnp.sqrt(jnp.where(is_far, squared, 1.0))  # the slope of sqrt at 0 is infinite
+    return jnp.where(is_far, huber * (size - 0.5 * huber), 0.5 * squared)
 
 
 def weighted_mean(x: Float[Array, "*shape"], weight: Float[Array, "*shape"]) -> Float[Array, ""]:

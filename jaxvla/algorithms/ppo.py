@@ -10,10 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxvla.algorithms import corrections, losses, returns
+from jaxvla.algorithms import losses, returns
 from jaxvla.algorithms.base import Metrics
-from jaxvla.algorithms.corrections import CORRECTIONS, CorrectionConfig, Proximal
+from jaxvla.algorithms.corrections import CorrectionConfig
 from jaxvla.algorithms.policy import Evaluation, TrainablePolicy
+from jaxvla.algorithms.surrogate import Surrogate, clip_checks
 from jaxvla.config import AlgorithmConfig, ConfigError, override
 from jaxvla.types import Params, TrainingBatch, Trajectory
 
@@ -34,8 +35,14 @@ class PPOConfig(AlgorithmConfig):
     """The ratio is clipped below at 1 - clip_low."""
     clip_high: float = 0.2
     """The ratio is clipped above at 1 + clip_high."""
+    dual_clip: float = 0.0
+    """Ratio beyond which an action of negative advantage pulls no more, above 1 + clip_high;
+    0: none. Published runs use 3."""
     value_clip: float = 0.2
     """Trust region of the critic, in units of value."""
+    value_huber: float = 0.0
+    """Error of the critic beyond which its loss grows linearly, in units of value; 0: the loss is
+    squared throughout. Published runs use 10."""
     value_coef: float = 0.5
     """Weight of the value loss."""
     entropy_coef: float = 0.0
@@ -54,9 +61,9 @@ class PPOConfig(AlgorithmConfig):
         for name, allowed, holds in (
             ("discount", "must be in [0, 1]", 0.0 <= self.discount <= 1.0),
             ("trace_decay", "must be in [0, 1]", 0.0 <= self.trace_decay <= 1.0),
-            ("clip_low", "must be > 0", self.clip_low > 0.0),
-            ("clip_high", "must be > 0", self.clip_high > 0.0),
+            *clip_checks(self),
             ("value_clip", "must be > 0", self.value_clip > 0.0),
+            ("value_huber", "must be >= 0", self.value_huber >= 0.0),
             ("value_coef", "must be >= 0", self.value_coef >= 0.0),
             ("entropy_coef", "must be >= 0", self.entropy_coef >= 0.0),
         ):
@@ -75,7 +82,8 @@ class PPO:
 
     def __init__(self, config: PPOConfig):
         self.config = config
-        self._correction = CORRECTIONS[config.correction.kind]
+        self._surrogate = Surrogate(config)
+        self._correction = self._surrogate.correction
         self._uses_present_value = config.recompute_value or self._correction.has_vtrace_targets
 
     @property
@@ -92,11 +100,9 @@ class PPO:
         self, trajectory: Trajectory, *, version: jax.Array, evaluation: Evaluation | None
     ) -> TrainingBatch:
         """Advantages and returns by GAE or V-trace; see `Algorithm.prepare`."""
-        staleness = jnp.maximum(version - trajectory.policy_version, 0)
-        present = corrections.at_start_of_update(trajectory, staleness, evaluation)
-        is_recomputed = self._correction.proximal is Proximal.RECOMPUTED
-        log_prob = present.log_prob if is_recomputed else trajectory.behavior_log_prob
-        value = present.value if self._uses_present_value else trajectory.value
+        start = self._surrogate.start(trajectory, version, evaluation)
+        log_prob = start.proximal_log_prob
+        value = start.value if self._uses_present_value else trajectory.value
         advantage, return_ = self._targets(trajectory, log_prob, value)
         weight = trajectory.valid.astype(jnp.float32)
         batch = TrainingBatch(
@@ -105,7 +111,7 @@ class PPO:
             behavior_log_prob=trajectory.behavior_log_prob,
             proximal_log_prob=log_prob,
             proximal_value=value,
-            staleness=staleness,
+            staleness=start.staleness,
             advantage=advantage,
             return_=return_,
             weight=weight,
@@ -143,43 +149,23 @@ class PPO:
         self, policy: TrainablePolicy, params: Params, batch: TrainingBatch
     ) -> tuple[jax.Array, Metrics]:
         """Clipped surrogate + value loss - entropy bonus; see `Algorithm.loss`."""
-        config, is_used = self.config, batch.weight > 0.0
+        config = self.config
         log_prob, entropy, value = policy.evaluate(params, batch.observation, batch.trace)
-        log_ratio, before = (
-            jnp.where(is_used, x, 0.0) for x in self._correction.split(log_prob, batch)
-        )
-        ratio = jnp.exp(log_ratio)
-        behavior_weight, is_capped = self._correction.weigh(before, config.correction)
-        surrogate = losses.clipped_surrogate(
-            ratio, batch.advantage, clip_low=config.clip_low, clip_high=config.clip_high
-        )
-        policy_loss = losses.weighted_mean(behavior_weight * surrogate, batch.weight)
+        policy_loss, metrics = self._surrogate.loss(log_prob, batch)
         value_loss = losses.weighted_mean(
             losses.clipped_value_error(
-                value, batch.proximal_value, batch.return_, clip=config.value_clip
+                value,
+                batch.proximal_value,
+                batch.return_,
+                clip=config.value_clip,
+                huber=config.value_huber,
             ),
             batch.weight,
         )
         entropy_mean = losses.weighted_mean(entropy, batch.weight)
         total = policy_loss + config.value_coef * value_loss - config.entropy_coef * entropy_mean
-        is_clipped = (ratio < 1.0 - config.clip_low) | (ratio > 1.0 + config.clip_high)
-        metrics = {
-            "loss/policy": policy_loss,
+        return total, metrics | {
             "loss/value": value_loss,
             "loss/entropy": entropy_mean,
             "loss/total": total,
-            "ratio/mean": losses.weighted_mean(ratio, batch.weight),
-            "ratio/max": jnp.max(ratio * batch.weight),
-            "clip_fraction": losses.weighted_mean(is_clipped.astype(jnp.float32), batch.weight),
-            # E[(r - 1) - log r], the low-variance estimator of KL(proximal || policy)
-            # (http://joschu.net/blog/kl-approx.html). As expm1, for r - 1 rounds small ones off.
-            "approx_kl": losses.weighted_mean(jnp.expm1(log_ratio) - log_ratio, batch.weight),
         }
-        if self._correction.proximal is Proximal.BEHAVIOR:
-            return total, metrics
-        return total, metrics | corrections.metrics(
-            log_ratio=before,
-            behavior_weight=behavior_weight,
-            is_capped=is_capped,
-            weight=batch.weight,
-        )

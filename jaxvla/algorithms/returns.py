@@ -133,6 +133,49 @@ def _errors(
     return jnp.where(valid, target - value, 0.0)
 
 
+def group_advantages(
+    return_: Float[Array, " B"],
+    has_return: Bool[Array, " B"],
+    *,
+    group_size: int,
+    epsilon: float | None,
+) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
+    """What sets the return of an episode apart from those of its group: (advantage, is_uniform).
+
+        A_i = (R_i - mean R) / (std R + epsilon)
+
+    Shao et al. 2024, section 4.1.2 (https://arxiv.org/abs/2402.03300), over episodes iG to
+    iG + G - 1, with the standard deviation of those G numbers themselves (divisor G, not G - 1).
+
+    Args:
+      return_: of episodes; not read where it is not known.
+      has_return: where it is known. Others count in no group and get advantage 0.
+      group_size: G, divides B.
+      epsilon: None leaves the denominator out.
+
+    Returns:
+      `is_uniform` says of every episode whether those of its group are all alike; their
+      advantages are 0, exactly.
+
+    Raises:
+      TypeError: G does not divide B.
+    """
+    known = has_return.reshape(-1, group_size)
+    value = return_.reshape(known.shape)
+    lowest = jnp.where(known, value, jnp.inf).min(axis=1, keepdims=True)
+    # From the lowest up: the mean of what lies far from 0 is off by rounding, and where all are
+    # equal nothing but rounding would be divided by itself.
+    gain = jnp.where(known, value - lowest, 0.0)
+    count = jnp.maximum(known.sum(axis=1, keepdims=True), 1)
+    mean = gain.sum(axis=1, keepdims=True) / count
+    advantage = jnp.where(known, gain - mean, 0.0)
+    if epsilon is not None:
+        spread = jnp.sqrt(jnp.square(advantage).sum(axis=1, keepdims=True) / count)
+        advantage /= spread + epsilon
+    is_uniform = jnp.broadcast_to(~(gain > 0.0).any(axis=1, keepdims=True), known.shape)
+    return advantage.reshape(return_.shape), is_uniform.reshape(return_.shape)
+
+
 @flax.struct.dataclass(kw_only=True)
 class Moments:
     """Of the advantages of samples whose weight is 1."""

@@ -6,6 +6,7 @@ The way in, as pi0 and pi0.5 were trained (openpi, commit 15a9616):
 out: `unnormalize_on_host`, `to_absolute` where it predicts deltas, `libero_actions`.
 """
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,9 +33,9 @@ class RobotInputs:
     """One observation in raw units, its cameras in the order of `CAMERAS`."""
 
     images: np.ndarray
-    """uint8 [3, h, w, 3], black where a camera is missing."""
+    """uint8 [C, h, w, 3], black where a camera is missing."""
     image_mask: np.ndarray
-    """bool [3], False where a camera is missing."""
+    """bool [C], False where a camera is missing."""
     state: np.ndarray
     """[S], dtype as in the request."""
     prompt: str
@@ -43,32 +44,45 @@ class RobotInputs:
     """[H, A] in a training sample, dtype as in the request; None otherwise."""
 
 
-def libero_inputs(request: Mapping[str, Any], image_size: int = 224) -> RobotInputs:
-    """Reads an observation of LIBERO under openpi's keys.
+def libero_inputs(
+    request: Mapping[str, Any],
+    image_size: int = 224,
+    *,
+    num_cameras: int = len(CAMERAS),
+    state_dim: int = LIBERO_STATE_DIM,
+    action_dim: int = LIBERO_ACTION_DIM,
+) -> RobotInputs:
+    """Reads an observation of LIBERO, or of another robot, under openpi's keys for LIBERO.
 
     Args:
       request: "observation/image" and "observation/wrist_image", each [h, w, 3] or [3, h, w],
-        uint8 or floating in [0, 1], upright; "observation/state" [8]; "prompt" str; in a
-        training sample "actions" [H, 7]. Other keys are left alone.
+        uint8 or floating in [0, 1], upright; "observation/state" [S]; "prompt" str; in a
+        training sample "actions" [H, A]. Other keys are left alone.
       image_size: pixels of the square images that the model reads.
+      num_cameras: C, the cameras that the model reads, in [1, 3].
+      state_dim: S.
+      action_dim: A.
 
     Returns:
-      The right wrist camera is missing: LIBERO has none.
+      The first C of `CAMERAS`. The right wrist camera is missing: LIBERO has none.
 
     Raises:
       ValueError: a key is missing or its value has another shape, dtype or range.
     """
-    base, wrist = (
+    if not 1 <= num_cameras <= len(CAMERAS):
+        raise ValueError(f"num_cameras = {num_cameras}: openpi's models read 1 to {len(CAMERAS)}")
+    seen = [
         resize_with_pad_on_host(_image(request, f"observation/{name}"), image_size, image_size)
-        for name in ("image", "wrist_image")
-    )
+        for name in ("image", "wrist_image")[:num_cameras]
+    ]
+    missing = [np.zeros_like(seen[0])] * (num_cameras - len(seen))
     actions = None
     if "actions" in request:
-        actions = _vectors(request, "actions", LIBERO_ACTION_DIM, ndim=2)
+        actions = _vectors(request, "actions", action_dim, ndim=2)
     return RobotInputs(
-        images=np.stack([base, wrist, np.zeros_like(base)]),
-        image_mask=np.array([True, True, False]),
-        state=_vectors(request, "observation/state", LIBERO_STATE_DIM, ndim=1),
+        images=np.stack(seen + missing),
+        image_mask=np.arange(num_cameras) < len(seen),
+        state=_vectors(request, "observation/state", state_dim, ndim=1),
         prompt=_prompt(request),
         actions=actions,
     )
@@ -167,5 +181,6 @@ def _prompt(request: Mapping[str, Any]) -> str:
     if isinstance(prompt, np.ndarray) and prompt.ndim == 0:
         prompt = prompt.item()  # strings come as arrays from data loaders
     if not isinstance(prompt, str):
-        raise ValueError(f"'prompt' = {prompt!r} is no text: send one str")
+        # What strangers send may be long.
+        raise ValueError(f"'prompt' = {reprlib.repr(prompt)} is no text: send one str")
     return prompt

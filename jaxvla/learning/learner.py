@@ -195,6 +195,8 @@ class Learner:
         add("train/success_rate", episodes.success.astype(np.float64), Mean)
         add("train/return_mean", episodes.return_, Mean)
         add("train/episode_length_mean", episodes.length.astype(np.float64), Mean)
+        if info.is_uniform.size:
+            add("train/uniform_group_fraction", info.is_uniform.astype(np.float64), Mean)
 
     def _note(self, metrics: Mapping[str, float]) -> None:
         """Metrics of an update; stops the run when updates stay non-finite."""

@@ -4,7 +4,7 @@ Time runs from t = 1 (noise) to t = 0 (data), as in openpi and opposite to the p
 x_t = t n + (1 - t) a, velocity v = n - a. K denoise steps go through t_i = 1 - i/K. Every
 transition here has a mean that is linear in x_t and v,
 
-    mean = c_x x_t + c_v v,    std constant per step,
+    mean = c_x x_t + c_v v,    std constant per step or learned,
 
 because the action estimate x0 = x_t - t v and the noise estimate x1 = x_t + (1 - t) v are.
 The coefficients are tables indexed by the step, computed once in float64, so that sampling
@@ -14,6 +14,7 @@ and scoring see the very same numbers. Everything at run time is float32.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import flax.struct
 import jax
@@ -22,8 +23,9 @@ import numpy as np
 
 _LOG_SQRT_2PI = 0.5 * math.log(2.0 * math.pi)
 
-VelocityFn = Callable[[jax.Array, jax.Array], jax.Array]
-"""(x_t float32 [B, H, A], t float32 [B]) -> v float32 [B, H, A]."""
+PredictFn = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array | None]]
+"""(x_t float32 [B, H, A], t float32 [B]) -> velocity float32 [B, H, A], and the standard deviation
+float32 [B, H, A] of the transition from there where the model has learned one, else None."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,14 +47,12 @@ class Transitions:
 
 @flax.struct.dataclass(kw_only=True)
 class FlowTrace:
-    """The one stochastic transition of a sampled chunk. Leading axis B."""
+    """The M stochastic transitions of a sampled chunk, which follow each other. Leading axis B."""
 
-    x_t: jax.Array
-    """float32 [B, H, A], state before the transition."""
-    x_next: jax.Array
-    """float32 [B, H, A], state after it."""
+    states: jax.Array
+    """float32 [B, M + 1, H, A]: before the first transition, and after each."""
     step: jax.Array
-    """int32 [B], index of the transition in [0, K)."""
+    """int32 [B], denoise step of the first transition, in [0, K - M]."""
 
 
 @flax.struct.dataclass(kw_only=True)
@@ -62,9 +62,9 @@ class Draws:
     initial: jax.Array
     """float32 [B, H, A], standard normal start of the flow."""
     exploration: jax.Array
-    """float32 [B, H, A], standard normal noise of the stochastic transition."""
+    """float32 [B, M, H, A], standard normal noise of the M stochastic transitions."""
     step: jax.Array
-    """int32 [B], which transition is stochastic."""
+    """int32 [B], denoise step of the first of them."""
 
 
 def time_grid(num_steps: int) -> np.ndarray:
@@ -157,10 +157,13 @@ def normal_log_prob(x: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
     return jnp.where(is_random, log_prob, 0.0)
 
 
-def chunk_log_prob(
-    x: jax.Array, mean: jax.Array, std: jax.Array, *, num_steps: int, num_dims: int
-) -> jax.Array:
-    """Log-prob of the part of a chunk that reaches the env.
+def normal_entropy(std: jax.Array) -> jax.Array:
+    """Elementwise entropy of a normal, log(std sqrt(2 pi e)), float32, nats."""
+    return jnp.log(std) + (0.5 + _LOG_SQRT_2PI)
+
+
+def chunk_sum(x: jax.Array, *, num_steps: int, num_dims: int) -> jax.Array:
+    """Sum over the part of a chunk that reaches the env, for log-probs and entropies.
 
     Only the first `num_steps` control steps and `num_dims` dimensions are summed. The rest is
     noised too but never executed; leaving it out of the ratio is an approximation (its
@@ -168,77 +171,140 @@ def chunk_log_prob(
     variance of the ratio independent of padding.
 
     Args:
-      x: float32 [B, H, A], scored states.
-      mean: float32 [B, H, A].
-      std: float32 [B, 1, 1] or [B, H, A].
+      x: float32 [..., H, A], of every element.
       num_steps: in [1, H].
       num_dims: in [1, A].
 
     Returns:
-      float32 [B].
+      float32 [...].
+    """
+    return jnp.sum(x[..., :num_steps, :num_dims], axis=(-2, -1))
+
+
+def chunk_log_prob(
+    x: jax.Array, mean: jax.Array, std: jax.Array, *, num_steps: int, num_dims: int
+) -> jax.Array:
+    """Log-prob of the part of a chunk that `chunk_sum` counts.
+
+    Args:
+      x: float32 [..., H, A], scored states.
+      mean: float32 [..., H, A].
+      std: float32 [..., 1, 1] or [..., H, A].
+      num_steps: in [1, H].
+      num_dims: in [1, A].
+
+    Returns:
+      float32 [...].
     """
     log_prob = normal_log_prob(x, mean, jnp.broadcast_to(std, x.shape))
-    return jnp.sum(log_prob[:, :num_steps, :num_dims], axis=(1, 2))
+    return chunk_sum(log_prob, num_steps=num_steps, num_dims=num_dims)
 
 
-def draw(keys: jax.Array, shape: tuple[int, int], num_choices: int) -> Draws:
+def draw(
+    keys: jax.Array, shape: tuple[int, int], num_choices: int, *, num_random: int = 1
+) -> Draws:
     """Draws the randomness of each row from that row's key alone.
 
     Args:
       keys: typed keys [B].
       shape: (H, A).
-      num_choices: the stochastic step is uniform in [0, num_choices).
+      num_choices: the first stochastic step is uniform in [0, num_choices).
+      num_random: stochastic transitions M.
     """
 
     def draw_row(key: jax.Array) -> Draws:
         normal_key, step_key = jax.random.split(key)
-        initial, exploration = jax.random.normal(normal_key, (2, *shape))
+        normals = jax.random.normal(normal_key, (1 + num_random, *shape))
         step = jnp.floor(jax.random.uniform(step_key) * num_choices).astype(jnp.int32)
-        return Draws(initial=initial, exploration=exploration, step=step)
+        return Draws(initial=normals[0], exploration=normals[1:], step=step)
 
     return jax.vmap(draw_row)(keys)
 
 
 def denoise(
-    velocity_fn: VelocityFn, draws: Draws, table: Transitions
+    predict: PredictFn, draws: Draws, table: Transitions
 ) -> tuple[jax.Array, FlowTrace, tuple[jax.Array, jax.Array]]:
-    """Integrates from noise to data with one stochastic transition per row.
+    """Integrates from noise to data; M transitions of every row are stochastic.
 
-    Row b takes transition `draws.step[b]` from `table` and every other one from the ODE
-    (piRL's hybrid sampling, with the step drawn per row instead of per batch). With
-    `ode_transitions` as the table the whole path is the ODE.
+    Row b takes the transitions `draws.step[b]` to `draws.step[b] + M - 1` from `table`, with the
+    learned standard deviation in the place of the table's where there is one, and every other
+    transition from the ODE. With M = 1 this is piRL's hybrid sampling, with the step drawn per
+    row instead of per batch. With `ode_transitions` as the table, and nothing learned, the whole
+    path is the ODE.
 
     Args:
-      velocity_fn: the learned velocity.
+      predict: the model.
       draws: randomness, leading axis B.
       table: coefficients of the stochastic transitions.
 
     Returns:
-      The chunk float32 [B, H, A] at t = 0, its trace, and (mean, std) of the transition in
-      the trace, as from `transition`.
+      The chunk float32 [B, H, A] at t = 0, its trace, and mean [B, M, H, A] and std
+      [B, M, 1, 1] or [B, M, H, A] of the transitions in the trace, as from `transitions_of`.
     """
-    num_steps = table.num_steps
+    num_steps, num_random = table.num_steps, draws.exploration.shape[1]
     ode = ode_transitions(num_steps)
     batch = draws.step.shape[0]
-    x = draws.initial.astype(jnp.float32)
 
-    def advance(carry, inputs):
-        x, kept = carry
+    def advance(x: jax.Array, inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, Any]:
         index, t = inputs
         step = jnp.broadcast_to(index, (batch,))
-        v = velocity_fn(x, jnp.broadcast_to(t, (batch,)))
+        v, learned_std = predict(x, jnp.broadcast_to(t, (batch,)))
         x_ode, _ = transition(ode, x, v, step)
         mean, std = transition(table, x, v, step)
-        is_chosen = (draws.step == step)[:, None, None]
-        x_next = jnp.where(is_chosen, mean + std * draws.exploration, x_ode)
-        seen = (x, x_next, mean, std)
-        kept = tuple(jnp.where(is_chosen, new, old) for new, old in zip(seen, kept, strict=True))
-        return (x_next, kept), None
+        std = std if learned_std is None else learned_std
+        place = step - draws.step
+        is_random = (place >= 0) & (place < num_random)
+        noise = _pick(draws.exploration, jnp.clip(place, 0, num_random - 1)[:, None])[:, 0]
+        x_next = jnp.where(is_random[:, None, None], mean + std * noise, x_ode)
+        return x_next, (x_next, mean, std)
 
-    start = (x, (x, x, x, jnp.zeros((batch, 1, 1), jnp.float32)))
+    start = draws.initial.astype(jnp.float32)
     steps = (jnp.arange(num_steps), jnp.asarray(time_grid(num_steps)[:-1]))
-    (x, (x_t, x_next, mean, std)), _ = jax.lax.scan(advance, start, steps)
-    return x, FlowTrace(x_t=x_t, x_next=x_next, step=draws.step), (mean, std)
+    x, along = jax.lax.scan(advance, start, steps)
+    states, mean, std = (jnp.swapaxes(seen, 0, 1) for seen in along)
+    states = jnp.concatenate([start[:, None], states], axis=1)
+    chosen = draws.step[:, None] + jnp.arange(num_random + 1)
+    trace = FlowTrace(states=_pick(states, chosen), step=draws.step)
+    return x, trace, (_pick(mean, chosen[:, :-1]), _pick(std, chosen[:, :-1]))
+
+
+def transitions_of(
+    predict: PredictFn, trace: FlowTrace, table: Transitions
+) -> tuple[jax.Array, jax.Array]:
+    """Mean and standard deviation of the transitions in a trace.
+
+    One pass of the model per transition, one after another: no copy of what `predict` closes
+    over (the keys and values of the prefix) is made per transition, as a larger batch would.
+
+    Args:
+      predict: the model.
+      trace: as `denoise` made it.
+      table: coefficients of the stochastic transitions.
+
+    Returns:
+      mean float32 [B, M, H, A] and std float32 [B, M, 1, 1] or [B, M, H, A].
+    """
+    grid = jnp.asarray(time_grid(table.num_steps))
+    num_random = trace.states.shape[1] - 1
+
+    def at(place: int | jax.Array, x_t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        step = trace.step + place
+        v, learned_std = predict(x_t, grid[step])
+        mean, std = transition(table, x_t, v, step)
+        return mean, std if learned_std is None else learned_std
+
+    if num_random == 1:
+        mean, std = at(0, trace.states[:, 0])
+        return mean[:, None], std[:, None]
+    before = (jnp.arange(num_random), jnp.swapaxes(trace.states[:, :-1], 0, 1))
+    _, along = jax.lax.scan(lambda carry, inputs: (carry, at(*inputs)), None, before)
+    mean, std = (jnp.swapaxes(seen, 0, 1) for seen in along)
+    return mean, std
+
+
+def _pick(x: jax.Array, index: jax.Array) -> jax.Array:
+    """x [B, N, H, A] at index [B, M] of its axis 1: [B, M, H, A]."""
+    return jnp.take_along_axis(x, index[:, :, None, None], axis=1)
 
 
 def draw_time(key: jax.Array, batch: int) -> jax.Array:

@@ -3,7 +3,7 @@
 A SigLIP encoder and a Gemma language model read images and instruction (the prefix); an
 action expert predicts the flow-matching velocity of an action chunk (the suffix). One
 implementation serves all sizes. Parameters are a nested dict of arrays shaped and named
-like openpi's; what openpi has not (`value_head`, `grounding_head`) lies beside its tree.
+like openpi's; what openpi has not (`value_head`, `noise_head`, `grounding_head`) lies beside it.
 
 dtype policy: parameters, patch embedding, action/time/state projections, flow state, value
 head, log-probs and losses are float32; the transformers run in `PiConfig.dtype`.
@@ -11,12 +11,13 @@ head, log-probs and losses are float32; the transformers run in `PiConfig.dtype`
 
 import dataclasses
 import re
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jaxvla.models import flow, gemma, grounding, siglip
+from jaxvla.models import flow, gemma, grounding, heads, siglip
 from jaxvla.models.base import Normalizer, Prefix, Rules
 from jaxvla.models.layers import (
     Leaf,
@@ -65,15 +66,14 @@ class PiPolicy:
             require(config, name, fits, f"the statistics have {size}", "resolve it from the env")
         self.config = config
         self._normalizer = normalizer
-        transitions = {"sde": flow.sde_transitions, "cps": flow.cps_transitions}
-        self._ode = flow.ode_transitions(config.num_denoise_steps)
-        self._noisy = transitions[config.exploration](config.num_denoise_steps, config.noise_level)
+        self._exploration = config.make_exploration()
 
     @property
     def log_prob_tolerance(self) -> float:
         """See `Policy.log_prob_tolerance`. A chunk's log-prob is a sum over tens of squares in
         units of the exploration noise, which amplifies the rounding of the velocity."""
-        return 1e-3 if self.config.dtype == "float32" else 0.5
+        of_transition = 1e-3 if self.config.dtype == "float32" else 0.5
+        return of_transition * self._exploration.num_summed
 
     def leaves(self) -> dict[str, Leaf]:
         """Declaration of every parameter by '/'-joined path."""
@@ -86,7 +86,10 @@ class PiPolicy:
             f"PaliGemma/img/{path}": leaf for path, leaf in siglip.leaves(config.vision).items()
         }
         table |= {f"PaliGemma/llm/{path}": leaf for path, leaf in llm.items()}
-        table |= _projection_leaves(config) | _value_leaves(config)
+        table |= _projection_leaves(config)
+        table |= heads.value_leaves(config.value_input_width, config.value_widths)
+        if config.has_noise_head:
+            table |= heads.noise_leaves(config.expert_width, config.action_dim)
         return table | (grounding.leaves(config.vlm_width) if config.grounding_coef else {})
 
     def init(self, key: jax.Array) -> Params:
@@ -139,7 +142,7 @@ class PiPolicy:
         return Encoding(prefix=_swap_axes(prefix), state=self._model_state(observation))
 
     def evaluate(
-        self, params: Params, encoding: "Encoding", trace: flow.FlowTrace
+        self, params: Params, encoding: "Encoding", trace: Any
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """log_prob, entropy and value, each float32 [B], see `Policy.evaluate`."""
         prefix = _swap_axes(encoding.prefix)
@@ -226,72 +229,95 @@ class PiPolicy:
         )
 
     def sample(
-        self, params: Params, prefix: Prefix, state: jax.Array, keys: jax.Array, explore: bool
-    ) -> tuple[jax.Array, flow.FlowTrace, jax.Array]:
+        self,
+        params: Params,
+        prefix: Prefix,
+        state: jax.Array,
+        keys: jax.Array,
+        explore: bool,
+        noise: jax.Array | None = None,
+    ) -> tuple[jax.Array, Any, jax.Array]:
         """Denoises one chunk per row.
+
+        With `noise` and without exploration the chunk is a function of the observation and the
+        noise alone: a black box for methods that steer a frozen policy by choosing its noise, as
+        DSRL does (arXiv:2506.15799).
 
         Args:
           params: parameters.
           prefix: from the same observations.
           state: float32 [B, state_dim], normalised.
           keys: typed keys [B].
-          explore: static; take one denoise step from the stochastic law.
+          explore: static; sample by `PiConfig.exploration`, not by the ODE.
+          noise: float32 [B, H, A], start of the flow; None: standard normal, from the keys.
 
         Returns:
           actions float32 [B, H, A] (normalised), trace, and log_prob float32 [B] (0 without
           exploration).
         """
         shape = (self.config.action_horizon, self.config.action_dim)
-        draws = flow.draw(keys, shape, self.config.num_random_steps)
-        actions, trace, (mean, std) = flow.denoise(
-            lambda x_t, time: self.velocity(params, prefix, state, x_t, time),
-            draws,
-            self._noisy if explore else self._ode,
-        )
-        return actions, trace, self._score(trace, mean, std)
+        predict = self._predict_fn(params, prefix, state)
+        return self._exploration.sample(predict, keys, shape, explore=explore, noise=noise)
 
     def log_prob(
-        self, params: Params, prefix: Prefix, state: jax.Array, trace: flow.FlowTrace
+        self, params: Params, prefix: Prefix, state: jax.Array, trace: Any
     ) -> tuple[jax.Array, jax.Array]:
-        """log_prob and entropy of explored samples, each float32 [B].
-
-        One pass of the action expert at the stochastic step. The entropy of the scored step
-        does not depend on the parameters and is reported as 0.
-        """
-        grid = jnp.asarray(flow.time_grid(self.config.num_denoise_steps))
-        velocity = self.velocity(params, prefix, state, trace.x_t, grid[trace.step])
-        mean, std = flow.transition(self._noisy, trace.x_t, velocity, trace.step)
-        log_prob = self._score(trace, mean, std)
-        return log_prob, jnp.zeros_like(log_prob)
+        """log_prob and entropy of explored samples, each float32 [B], see `Exploration`."""
+        return self._exploration.evaluate(self._predict_fn(params, prefix, state), trace)
 
     def value(self, params: Params, prefix: Prefix, state: jax.Array) -> jax.Array:
-        """Critic, float32 [B]: an MLP on the masked mean of the prefix features.
+        """Critic, float32 [B], by `PiConfig.value_input`.
 
-        It reads the normalised state [B, state_dim] as well where the prefix does not.
+        "prefix": an MLP on the masked mean of the prefix features, and on the normalised state
+        [B, state_dim] where the prefix does not hold it. "suffix": an MLP on the mean over the
+        scored control steps of the action expert's features at x_t = 0, t = 1, the mean of the
+        states that every path begins with. At a state that was drawn, or averaged over the steps
+        of a path, rollout and update would see different values of one observation; here the
+        value depends on the observation alone, and costs one pass of the expert.
         """
-        features = prefix.features.astype(jnp.float32)
-        if self.config.detach_value:
-            features = jax.lax.stop_gradient(features)
-        mask = prefix.mask[:, :, None]
-        total = jnp.sum(jnp.where(mask, features, 0.0), axis=1)
-        hidden = total / jnp.maximum(jnp.sum(mask, axis=1), 1)
-        if self.config.state_input == "token":
+        config = self.config
+        if config.value_input == "suffix":
+            batch = state.shape[0]
+            x_t = jnp.zeros((batch, config.action_horizon, config.action_dim))
+            features = self._action_features(params, prefix, state, x_t, jnp.ones(batch))
+            hidden = features[:, : config.log_prob_steps].mean(axis=1)
+        else:
+            hidden = heads.masked_mean(prefix.features, prefix.mask)
+        if config.detach_value:
+            hidden = jax.lax.stop_gradient(hidden)
+        if config.value_input == "prefix" and config.state_input == "token":
             hidden = jnp.concatenate([hidden, state], axis=-1)
-        head = params["value_head"]
-        for index in range(len(self.config.value_widths)):
-            hidden = jax.nn.relu(dense(head[f"Dense_{index}"], hidden))
-        return dense(head["out"], hidden)[:, 0]
+        return heads.value(params["value_head"], hidden)
 
     def velocity(
         self, params: Params, prefix: Prefix, state: jax.Array, x_t: jax.Array, time: jax.Array
     ) -> jax.Array:
         """Velocity float32 [B, H, A] at x_t float32 [B, H, A] and time float32 [B]."""
+        features = self._action_features(params, prefix, state, x_t, time)
+        return dense(params["action_out_proj"], features)
+
+    def _action_features(
+        self, params: Params, prefix: Prefix, state: jax.Array, x_t: jax.Array, time: jax.Array
+    ) -> jax.Array:
+        """The action expert's output of the action tokens, float32 [B, H, D]."""
         suffix = embed_suffix(params, self.config, state, x_t, time)
         features = run_suffix(
             params, prefix, suffix, lora_scale=self.config.lora_scale, remat=self.config.remat
         )
-        actions = features[:, -x_t.shape[1] :].astype(jnp.float32)
-        return dense(params["action_out_proj"], actions)
+        return features[:, -x_t.shape[1] :].astype(jnp.float32)
+
+    def _predict_fn(self, params: Params, prefix: Prefix, state: jax.Array) -> flow.PredictFn:
+        config = self.config
+
+        def predict(x_t: jax.Array, time: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+            features = self._action_features(params, prefix, state, x_t, time)
+            velocity = dense(params["action_out_proj"], features)
+            if not config.has_noise_head:
+                return velocity, None
+            head = params["noise_head"]
+            return velocity, heads.noise_std(head, features, config.noise_low, config.noise_high)
+
+        return predict
 
     def _model_state(self, observation: Observation) -> jax.Array:
         """Normalised state, zero-padded to the model's width."""
@@ -307,15 +333,6 @@ class PiPolicy:
         """What actions are relative to: float32 [B, 1, A], the state in `delta_dims`, else 0."""
         origin = observation.state[:, : self.config.delta_dims]
         return _pad_last(origin, self._normalizer.action_dim)[:, None, :]
-
-    def _score(self, trace: flow.FlowTrace, mean: jax.Array, std: jax.Array) -> jax.Array:
-        return flow.chunk_log_prob(
-            trace.x_next,
-            mean,
-            std,
-            num_steps=self.config.log_prob_steps,
-            num_dims=self.config.log_prob_dims,
-        )
 
 
 def embed_prefix(
@@ -451,17 +468,6 @@ def _projection_leaves(config: PiConfig) -> dict[str, Leaf]:
         names, size_in = ("action_time_mlp_in", "action_time_mlp_out"), 2 * width
     table |= dense_leaves(names[0], size_in, width)
     return table | dense_leaves(names[1], width, width)
-
-
-def _value_leaves(config: PiConfig) -> dict[str, Leaf]:
-    """The value head: He init for the ReLU layers, small output as in piRL's critic."""
-    table, width = {}, config.vlm_width
-    if config.state_input == "token":
-        width += config.state_dim
-    for index, hidden in enumerate(config.value_widths):
-        table |= dense_leaves(f"value_head/Dense_{index}", width, hidden, gain=2.0**0.5)
-        width = hidden
-    return table | dense_leaves("value_head/out", width, 1, gain=0.02 * width**0.5)
 
 
 def _swap_axes(prefix: Prefix) -> Prefix:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from jaxvla.config import ConfigError, ModelConfig, override
 from jaxvla.models import gemma, siglip
+from jaxvla.models.exploration import KINDS, Exploration, PathExploration
+from jaxvla.models.fpo import FpoExploration
 from jaxvla.models.prompts import encode_prompt
 from jaxvla.models.state_prompts import longest_prompt
 from jaxvla.models.tokenizer import Tokenizer
@@ -15,7 +17,8 @@ _CHOICES = {
     "time_conditioning": ("adarms", "concat"),
     "state_input": ("token", "prompt", "none"),
     "normalization": ("quantile", "zscore"),
-    "exploration": ("sde", "cps"),
+    "exploration": (*KINDS, "fpo"),
+    "value_input": ("prefix", "suffix"),
     "dtype": ("float32", "bfloat16"),
 }
 
@@ -88,20 +91,32 @@ class PiConfig(ModelConfig):
     0: the model has no grounding head."""
     loss_draws: int = 1
     """Draws of (noise, flow time) per sample of the flow-matching loss; they share a prefix."""
+    value_input: str = "prefix"
+    """"prefix": the value head reads the mean of the prefix features; "suffix": the mean of the
+    action expert's features at a fixed point of the flow, see `PiPolicy.value`."""
     detach_value: bool = False
-    """The value head's gradient does not reach the vision and language model."""
+    """The value head's gradient does not reach the model that it reads features of."""
     num_denoise_steps: int = 4
     """Denoise steps K."""
     exploration: str = "sde"
-    """Law of the stochastic denoise step: "sde" or "cps", see `jaxvla.models.flow`."""
+    """"sde" or "cps": one stochastic denoise step; "sde_chain", "noise" or "reinflow": all are,
+    see `jaxvla.models.exploration`; "fpo": none is, see `jaxvla.models.fpo`."""
     noise_level: float = 0.5
-    """Strength a of exploration, in (0, 1] for cps and > 0 for sde."""
+    """Strength a of exploration, in (0, 1] for cps and > 0 for sde and sde_chain, which alone
+    read it."""
+    noise_low: float = 0.08
+    """For noise and reinflow: smallest standard deviation of the noise head, > 0."""
+    noise_high: float = 0.16
+    """For noise and reinflow: largest one, > noise_low."""
+    fpo_draws: int = 8
+    """For fpo: draws N of (noise, flow time) that a sample is judged by."""
     ignore_last_step: bool = False
-    """The last denoise step is never the stochastic one; required by cps."""
+    """The last denoise step is never the stochastic one; required by cps, for sde and cps only."""
     log_prob_steps: int = -1
-    """Control steps of a chunk whose density is scored; -1: the executed ones."""
+    """Control steps of a chunk whose density is scored, and whose features the suffix critic reads;
+    -1: the executed ones. fpo scores the whole chunk."""
     log_prob_dims: int = -1
-    """Action dimensions whose density is scored; -1: the env's."""
+    """Action dimensions whose density is scored; -1: the env's. fpo scores the whole chunk."""
 
     def resolve(self, spec: EnvSpec, *, num_executed: int, tokenizer: Tokenizer) -> "PiConfig":
         """Returns a copy with every -1 filled in, validated.
@@ -217,13 +232,31 @@ class PiConfig(ModelConfig):
             fits = self.ignore_last_step
             require(self, "ignore_last_step", fits, "the last step of cps is noiseless", "set it")
         if self.ignore_last_step:
+            fits = self.exploration in ("sde", "cps")
+            require(self, "ignore_last_step", fits, "is for sde and cps only", "unset it")
             fits = self.num_denoise_steps >= 2
             require(self, "num_denoise_steps", fits, "must be >= 2 to ignore the last", "set 2")
+        require(self, "noise_low", self.noise_low > 0.0, "must be > 0", "try 0.08")
+        fits = self.noise_high > self.noise_low
+        allowed = f"must be > model.noise_low = {self.noise_low}"
+        require(self, "noise_high", fits, allowed, f"try {2.0 * self.noise_low:g}")
 
     @property
     def num_random_steps(self) -> int:
         """Denoise steps among which the stochastic one is drawn."""
         return self.num_denoise_steps - self.ignore_last_step
+
+    @property
+    def has_noise_head(self) -> bool:
+        """Whether exploration learns its standard deviations."""
+        return self.exploration in KINDS and KINDS[self.exploration].has_noise_head
+
+    @property
+    def value_input_width(self) -> int:
+        """Width of what the value head reads: the state is in the suffix, not in the prefix."""
+        if self.value_input == "suffix":
+            return self.expert_width
+        return self.vlm_width + (self.state_dim if self.state_input == "token" else 0)
 
     @property
     def vision(self) -> siglip.SiglipSize:
@@ -249,6 +282,19 @@ class PiConfig(ModelConfig):
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
             lora_rank=self.vlm_lora_rank if is_language else self.expert_lora_rank,
+        )
+
+    def make_exploration(self) -> Exploration:
+        """What `exploration` names."""
+        if self.exploration == "fpo":
+            return FpoExploration(num_steps=self.num_denoise_steps, num_draws=self.fpo_draws)
+        return PathExploration(
+            KINDS[self.exploration],
+            num_steps=self.num_denoise_steps,
+            noise_level=self.noise_level,
+            num_choices=self.num_random_steps,
+            log_prob_steps=self.log_prob_steps,
+            log_prob_dims=self.log_prob_dims,
         )
 
 

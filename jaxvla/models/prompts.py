@@ -102,22 +102,26 @@ def pad_prompt(
 
 
 def tokenize_prompt(
-    tokenizer: Tokenizer, text: str, max_tokens: int
+    tokenizer: Tokenizer, text: str, max_tokens: int, state: ArrayLike | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Encodes an env's instruction in pi0's form and pads it to a fixed length.
+    """Encodes an instruction in pi0's form, or with a state in pi0.5's, and pads it.
 
     Args:
       tokenizer: text to ids.
       text: instruction in natural language.
       max_tokens: length N of the result.
+      state: [S], normalised; None: it is not told.
 
     Returns:
       ids int32 [N] and mask bool [N], True where `ids` holds a token.
 
     Raises:
-      ValueError: the prompt has more than `max_tokens` tokens.
+      ValueError: the prompt has more than `max_tokens` tokens; or as `state_bins`.
     """
-    encoded = encode_prompt(tokenizer, text)
+    if state is None:
+        encoded = encode_prompt(tokenizer, text)
+    else:
+        encoded = encode_state_prompt(tokenizer, text, state)
     if len(encoded) > max_tokens:
         raise ValueError(
             f"instruction {text!r} has {len(encoded)} tokens, the limit max_tokens is {max_tokens}"

@@ -28,14 +28,14 @@ from jaxvla.config import (
     OptimizerConfig,
     override,
 )
-from jaxvla.data.normalization import NormStats
+from jaxvla.data.normalization import NormStats, normalize_on_host
 from jaxvla.envs import ENVS
 from jaxvla.layout import Layout, parse_layout
 from jaxvla.learning.optimizer import make_optimizer
 from jaxvla.learning.train_state import TrainState, init_state, state_shardings
 from jaxvla.learning.train_step import TrainFunctions
 from jaxvla.models import MODELS
-from jaxvla.models.prompts import encode_prompt, pad_prompt
+from jaxvla.models.prompts import encode_prompt, pad_prompt, tokenize_prompt
 from jaxvla.models.state_prompts import head_ids, make_state_text
 from jaxvla.models.tokenizer import Tokenizer
 from jaxvla.runtime.pretrained import (
@@ -44,6 +44,7 @@ from jaxvla.runtime.pretrained import (
     find_tokenizer,
     load_initial_weights,
 )
+from jaxvla.segments import resolve_segments
 from jaxvla.serving.sampling import Sampler
 from jaxvla.simulation.unroll import TokenTable
 from jaxvla.types import EnvSpec, Observation, Params, PolicySample, Trajectory, stand_in
@@ -122,6 +123,24 @@ class Blueprint:
             policy_version=struct(np.int32),
         )
 
+    def tokenize(self, text: str, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The prompt of any instruction and a state, on the host.
+
+        Args:
+          text: in natural language.
+          state: [S], in the env's units.
+
+        Returns:
+          ids int32 [N] and mask bool [N].
+
+        Raises:
+          ValueError: it is too long, or the state is not finite.
+        """
+        told = None
+        if self.config.model.tells_state():
+            told = normalize_on_host(state, self.stats.state, self.stats.kind)
+        return tokenize_prompt(self.tokenizer, text, self.table.tokens.shape[1], told)
+
     @property
     def identity(self) -> dict[str, str]:
         """What weights mean beyond their shapes: token ids of another tokenizer are other words,
@@ -158,6 +177,7 @@ def draw_blueprint(config: ExperimentConfig, workdir: pathlib.Path | None = None
         config, env=env.config, model=model, serving=_resolve_serving(config)
     )
     spec = env.spec
+    config = resolve_segments(config, spec.max_episode_steps)
     stats = find_stats(config.model, spec, workdir)
     blueprint = Blueprint(
         config=config,
@@ -328,12 +348,16 @@ class Parts:
         """Initial parameters, random or from a file, made directly where they will live."""
         placed = training.placed.params
         if self.config.model.initial_weights:
-            return load_initial_weights(
-                self.blueprint.policy,
-                self.config.model,
-                placed,
-                key=rng.stream(self.root, "init"),
-                identity=self.blueprint.identity,
-            )
+            return self.initial_params(placed)
         init = jax.jit(self.blueprint.policy.init, out_shardings=placed)
         return init(rng.stream(self.root, "init"))
+
+    def initial_params(self, placed: Params) -> Params:
+        """Those of `model.initial_weights`, placed as a tree of shardings says."""
+        return load_initial_weights(
+            self.blueprint.policy,
+            self.config.model,
+            placed,
+            key=rng.stream(self.root, "init"),
+            identity=self.blueprint.identity,
+        )

@@ -333,6 +333,7 @@ class Controller:
             overlap_rollout=self.config.schedule.overlap_rollout,
             recorder=self._telemetry.recorder,
             meter=self._telemetry.meters["simulation"],
+            group_size=self.config.simulation.group_size,
         )
         simulator.restore(self._snapshots)
         self._telemetry.begin_training()

@@ -1,4 +1,4 @@
-"""The evaluate job: the newest checkpoint of a work directory on fixed episodes."""
+"""The evaluate job: a stored policy on fixed episodes."""
 
 import dataclasses
 import pathlib
@@ -16,6 +16,7 @@ from jaxvla.runtime.pretrained import PARAMS, restore_params
 from jaxvla.telemetry.metrics import MetricRecorder
 from jaxvla.telemetry.progress import Screen
 from jaxvla.telemetry.writers import write_json
+from jaxvla.types import Params
 
 EXIT_FINISHED, EXIT_STOPPED = 0, 3
 
@@ -42,6 +43,31 @@ def restore_evaluated(parts: Parts, workdir: pathlib.Path) -> Restored | None:
     """
     target = evaluated_target(parts)["state"]["params"]
     return restore_params(parts.blueprint.checkpointer(workdir), target)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class StoredPolicy:
+    """What is evaluated, served or exported."""
+
+    params: Params
+    """Placed as they are served."""
+    update: int
+    """Learner updates, or steps of fine-tuning, that made them; 0: the initial weights."""
+
+
+def stored_policy(parts: Parts, workdir: pathlib.Path) -> StoredPolicy | None:
+    """The newest sound checkpoint of a work directory; where it has none, `model.initial_weights`;
+    None without either.
+
+    Raises:
+      CheckpointMismatchError, CorruptCheckpointError: see `Checkpointer.restore`.
+    """
+    restored = restore_evaluated(parts, workdir)
+    if restored is not None:
+        return StoredPolicy(params=restored.arrays["state"]["params"], update=restored.step)
+    if not parts.config.model.initial_weights:
+        return None
+    return StoredPolicy(params=parts.initial_params(parts.sampler.params_shardings), update=0)
 
 
 def draw_judge(blueprint: Blueprint, workdir: pathlib.Path) -> Blueprint:
@@ -80,13 +106,12 @@ def evaluate_checkpoint(
       judge: from `draw_judge`, to evaluate there too.
     """
     parts = Parts(blueprint)
-    restored = restore_evaluated(parts, workdir)
-    if restored is None:
+    stored = stored_policy(parts, workdir)
+    if stored is None:
         screen.message(f"{workdir} holds no complete checkpoint")
         return 1
     with screen.phase("compile"):
         parts.sampler.compile(blueprint.params_struct(), blueprint.observation_struct(1))
-    params = restored.arrays["state"]["params"]
     results: dict[str, EvaluationResult] = {}
     for where in (blueprint, judge) if judge else (blueprint,):
         name = where.config.env.name
@@ -98,15 +123,16 @@ def evaluate_checkpoint(
             make_groups=groups.evaluation,
             should_stop=stop_requested.is_set,
         )
-        with screen.phase(f"evaluate update {restored.step} in {name}"):
-            result = evaluator.evaluate(params, videos)
+        with screen.phase(f"evaluate update {stored.update} in {name}"):
+            result = evaluator.evaluate(stored.params, videos)
         if result is None:
             return EXIT_STOPPED
         results[name] = result
     own, *judged = results.values()
-    record: dict[str, Any] = {"update": restored.step, **own.record()}
+    record: dict[str, Any] = {"update": stored.update, **own.record()}
     if judge and judged:
         record["judge"] = {"env": judge.config.env.name, **judged[0].record()}
+    workdir.mkdir(parents=True, exist_ok=True)
     write_json(workdir / "eval.json", record)
     screen.message("\n".join(table(results)))
     screen.message(f"videos in {workdir / 'videos'}")

@@ -1,4 +1,4 @@
-"""The export job: the newest checkpoint of a work directory as one that openpi loads."""
+"""The export job: a stored policy as a checkpoint that openpi loads."""
 
 import pathlib
 
@@ -8,7 +8,7 @@ from jaxvla.config import UsageError
 from jaxvla.models.openpi_format import save_checkpoint
 from jaxvla.models.pi import PiPolicy
 from jaxvla.runtime.build import Blueprint, Parts
-from jaxvla.runtime.evaluate import restore_evaluated
+from jaxvla.runtime.evaluate import stored_policy
 from jaxvla.telemetry.progress import Screen
 
 EXIT_FINISHED = 0
@@ -50,12 +50,11 @@ def export(
     Raises:
       UsageError: see `save_checkpoint`, or there is no checkpoint.
     """
-    restored = restore_evaluated(Parts(blueprint), workdir)
-    if restored is None:
+    stored = stored_policy(Parts(blueprint), workdir)
+    if stored is None:
         raise UsageError(f"--workdir={workdir}: holds no complete checkpoint. Fix: train first")
-    params = restored.arrays["state"]["params"]
-    with screen.phase(f"export update {restored.step}"):
-        save_checkpoint(directory, params, stats=blueprint.stats, asset_id=asset_id)
-    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    with screen.phase(f"export update {stored.update}"):
+        save_checkpoint(directory, stored.params, stats=blueprint.stats, asset_id=asset_id)
+    count = sum(leaf.size for leaf in jax.tree.leaves(stored.params))
     screen.message(f"{count:,} parameters in {directory}, statistics of {asset_id}")
     return EXIT_FINISHED

@@ -47,6 +47,7 @@ class Groups:
                 num_executed=self._config.env.num_executed,
                 mesh=self._parts.meshes["simulation"],
                 observe_final=self._config.algorithm.reads_final_values(),
+                group_size=self._config.simulation.group_size,
             )
             for scene in self._scenes
         )
@@ -90,6 +91,8 @@ class Groups:
         return {name: self._target(int(name.removeprefix("group_"))) for name in names}
 
     def _target(self, index: int) -> Any:
+        if self._config.simulation.group_size:
+            return {}  # no episode runs between trajectories
         if self.is_device_env:
             struct = jax.eval_shape(self._stepper(index).draw, jax.random.key(0))
         else:
@@ -104,7 +107,8 @@ class Groups:
             root = self._parts.root if root is None else root
             key = rng.stream(root, "simulation", index)
             return DeviceEnvGroup(self._stepper(index), name=name, key=key)
-        num_envs = self._config.simulation.envs_per_group
+        simulation = self._config.simulation
+        num_envs = simulation.envs_per_group
         return HostEnvGroup(
             name=name,
             spec=self._env.spec,
@@ -116,4 +120,6 @@ class Groups:
             seed=self._config.seed,
             recorder=self._recorder,
             observe_final=self._config.algorithm.reads_final_values(),
+            group_size=simulation.group_size,
+            num_starts=simulation.num_groups * num_envs // max(simulation.group_size, 1),
         )

@@ -35,6 +35,7 @@ from jaxvla.runtime.finetune import checkpoint_target, finetune
 from jaxvla.runtime.finetune_training import check_finetune
 from jaxvla.runtime.groups import Groups
 from jaxvla.runtime.pretrained import CHECKPOINTS, STATS_FILE, check_initial_weights
+from jaxvla.runtime.serve import check_endpoint, serve_policy
 from jaxvla.runtime.signals import stop_on_signals
 from jaxvla.telemetry.metrics import MetricRecorder
 from jaxvla.telemetry.progress import Screen
@@ -46,7 +47,7 @@ from jaxvla.validation import validate_devices
 EXIT_FINISHED, EXIT_UNSAFE = 0, 4
 _MAKERS = ("train", "finetune")
 """Jobs that make a policy in a work directory."""
-_READERS = ("evaluate", "export")
+_READERS = ("evaluate", "serve", "export")
 """Jobs that only read the policy of a work directory."""
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "mujoco", "mujoco-mjx", "numpy")
 
@@ -91,7 +92,9 @@ def run(
     if job == "compile_tasks":
         return _compile_tasks(config)
     if not is_dry_run:
-        _check_workdir(workdir, job, may_resume)
+        _check_workdir(workdir, job, may_resume, bool(config.model.initial_weights))
+        if job == "serve":
+            check_endpoint(config)
     _check_schedules(record_schedule, replay_schedule, job, workdir)
     if with_judge and job != "evaluate":
         raise UsageError(f"--judge: job {job!r} has no judge. Fix: --job=evaluate")
@@ -123,7 +126,7 @@ def run(
         check_export(blueprint, export_dir)
         with Screen(sys.stdout, num_updates=0) as screen:
             return export(blueprint, workdir, export_dir, asset_id, screen)
-    if job in _MAKERS and not (workdir / CHECKPOINTS).is_dir():
+    if not (workdir / CHECKPOINTS).is_dir():
         check_initial_weights(blueprint.policy, blueprint.config.model, blueprint.identity)
     _configure_jax(config)
     schedule = replay or _recorder(record_schedule, blueprint)
@@ -153,6 +156,8 @@ def _run(
     ):
         if job == "evaluate":
             return evaluate_checkpoint(blueprint, workdir, screen, stop_requested, judge)
+        if job == "serve":
+            return serve_policy(blueprint, workdir, screen, stop_requested)
         if is_supervised:
             return finetune(
                 blueprint,
@@ -304,8 +309,10 @@ def _configure_jax(config: ExperimentConfig) -> None:
         jax.config.update("jax_default_matmul_precision", config.runtime.matmul_precision)
 
 
-def _check_workdir(workdir: pathlib.Path, job: str, may_resume: bool) -> None:
-    """Refuses to overwrite a run, or to evaluate one that is not there."""
+def _check_workdir(
+    workdir: pathlib.Path, job: str, may_resume: bool, has_initial_weights: bool
+) -> None:
+    """Refuses to overwrite a run, or to use one that is not there."""
     if workdir.exists() and not workdir.is_dir():
         raise UsageError(f"--workdir={workdir}: is not a directory. Fix: --workdir=NEW_DIR")
     is_used = workdir.is_dir() and any(workdir.iterdir())
@@ -313,9 +320,10 @@ def _check_workdir(workdir: pathlib.Path, job: str, may_resume: bool) -> None:
         raise UsageError(
             f"--workdir={workdir}: is not empty and --noresume was given. Fix: --workdir=NEW_DIR"
         )
-    if job in _READERS and not (workdir / CHECKPOINTS).is_dir():
+    if job in _READERS and not (workdir / CHECKPOINTS).is_dir() and not has_initial_weights:
         raise UsageError(
-            f"--workdir={workdir}: holds no checkpoints to {job}. Fix: run --job=train with it"
+            f"--workdir={workdir}: holds no checkpoints to {job}. Fix: run --job=train with it, or "
+            "--config.model.initial_weights=CHECKPOINT"
         )
 
 

@@ -45,6 +45,9 @@ class SegmentInfo:
     """Chunk queries, one per env and chunk step."""
     num_invalid: int
     """Samples lost to non-finite worlds or dead simulators."""
+    is_uniform: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    """bool [n], for every group of episodes that began alike: all have the same return, so that
+    nothing can be learned from comparing them."""
 
 
 class SegmentCounts(NamedTuple):
@@ -70,6 +73,12 @@ class SegmentAssembler:
     _versions: list[int] = field(default_factory=list)
     _results: list[ChunkResult] = field(default_factory=list)
     _final_observations: list[Observation] = field(default_factory=list)
+    _has_ended: np.ndarray | None = None
+
+    @property
+    def all_ended(self) -> bool:
+        """Whether every env has reached the end of an episode, or failed."""
+        return self._has_ended is not None and bool(self._has_ended.all())
 
     def add(
         self, observation: Observation, sample: PolicySample, version: int, result: ChunkResult
@@ -81,6 +90,9 @@ class SegmentAssembler:
         self._versions.append(version)
         small = dataclasses.replace(result, observation=None, final_observation=None)
         self._results.append(jax.device_get(small))
+        latest = self._results[-1]
+        ended = np.asarray(latest.terminated | latest.truncated | latest.invalid)
+        self._has_ended = ended if self._has_ended is None else self._has_ended | ended
         if result.final_observation is not None and self._results[-1].truncated.any():
             self._final_observations.append(
                 jax.tree.map(
@@ -109,21 +121,27 @@ class SegmentAssembler:
             ]
         return queries
 
-    def finish(self, values: list[np.ndarray]) -> Trajectory:
+    def finish(self, values: list[np.ndarray], *, length: int = 0) -> Trajectory:
         """The trajectory, time-major.
 
         Args:
-          values: float32 answers to `bootstrap_queries`, in its order.
+          values: float32 answers to `bootstrap_queries`, in its order; empty where no value is
+            read.
+          length: chunk steps T of the trajectory, if it may have fewer: steps of zeros that are
+            not valid fill it up. Their observation is the last one again.
         """
         results = jax.tree.map(lambda *x: np.stack(x), *self._results)
         samples = jax.tree.map(lambda *x: np.stack(x), *self._samples)
         bootstrap = np.zeros_like(results.reward)
-        bootstrap[-1] = values[0]
-        if self._final_observations:
-            bootstrap[results.truncated] = np.concatenate(values[1:])
+        if values:
+            bootstrap[-1] = values[0]
+            if self._final_observations:
+                bootstrap[results.truncated] = np.concatenate(values[1:])
+        missing = max(length - len(self._versions), 0)
         version = np.repeat(np.asarray(self._versions, np.int32)[:, None], bootstrap.shape[1], 1)
-        return Trajectory(
-            observation=_stack(self._observations),
+        steps = Trajectory(
+            # Always as many parts, so that a short trajectory compiles nothing anew.
+            observation=_stack(self._observations + self._observations[-1:] * missing),
             trace=samples.trace,
             behavior_log_prob=samples.log_prob,
             value=samples.value,
@@ -132,9 +150,16 @@ class SegmentAssembler:
             # An invalid step cuts the trace like a time limit; it is not trained on itself.
             truncated=results.truncated | results.invalid,
             bootstrap_value=np.where(results.invalid, samples.value, bootstrap),
-            valid=~results.invalid,
+            valid=~results.invalid & (results.num_steps > 0),
             policy_version=version,
         )
+        if not missing:
+            return steps
+        padded = jax.tree.map(
+            lambda x: np.concatenate([x, np.zeros((missing, *x.shape[1:]), x.dtype)]),
+            dataclasses.replace(steps, observation=None),
+        )
+        return dataclasses.replace(padded, observation=steps.observation)
 
     def versions(self) -> tuple[int, int]:
         """Oldest and newest version that made a sample."""
@@ -150,6 +175,19 @@ class SegmentAssembler:
             return_=results.episode_return[ended],
             length=results.episode_steps[ended],
         )
+
+    def is_uniform(self, group_size: int) -> np.ndarray:
+        """See `SegmentInfo.is_uniform`, of episodes that the segment began with.
+
+        Args:
+          group_size: envs that began alike. Those that failed count in no group.
+        """
+        results = jax.tree.map(lambda *x: np.stack(x), *self._results)
+        has_return = (results.terminated | results.truncated).any(axis=0)
+        returns = results.reward.sum(axis=0)
+        highest = np.where(has_return, returns, -np.inf).reshape(-1, group_size).max(axis=1)
+        lowest = np.where(has_return, returns, np.inf).reshape(-1, group_size).min(axis=1)
+        return highest <= lowest
 
     def counts(self) -> SegmentCounts:
         """What the segment cost and what went wrong in it."""

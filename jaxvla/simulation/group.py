@@ -41,7 +41,10 @@ class EnvGroup(Protocol):
     """Rate of the pictures that `frames` gives."""
 
     def reset(self, cursor: Cursor) -> Observation:
-        """Starts fresh episodes of random tasks in every env."""
+        """Starts fresh episodes of random tasks in every env.
+
+        With a group size G, envs iG to iG + G - 1 begin alike: same task, same initial state.
+        """
         ...
 
     def reset_to(self, tasks: np.ndarray, seeds: np.ndarray) -> Observation:
@@ -49,7 +52,11 @@ class EnvGroup(Protocol):
         ...
 
     def step_chunk(self, actions: np.ndarray, cursor: Cursor) -> ChunkResult:
-        """Runs the executed part of `actions`, float32 [E, H, A], and restarts ended episodes."""
+        """Runs the executed part of `actions`, float32 [E, H, A], and restarts ended episodes.
+
+        With a group size an env stands still instead, from the end of its episode to the next
+        reset; its actions are not read.
+        """
         ...
 
     def frames(self, rows: Sequence[int]) -> list[np.ndarray]:
@@ -89,6 +96,7 @@ class DeviceStepper:
         num_executed: int,
         mesh: Mesh,
         observe_final: bool = True,
+        group_size: int = 0,
     ):
         """Args:
         env: the env.
@@ -97,6 +105,7 @@ class DeviceStepper:
         num_executed: control steps run of each chunk.
         mesh: simulation mesh.
         observe_final: see `unroll.run_chunk`.
+        group_size: see `SimulationConfig.group_size`.
         """
         self.env = env
         self.num_envs = num_envs
@@ -128,13 +137,29 @@ class DeviceStepper:
         def step(
             worlds: Worlds, actions: jax.Array, keys: jax.Array
         ) -> tuple[Worlds, ChunkResult, EnvState]:
-            return unroll.run_chunk(env, table, worlds, actions, keys, observe_final=observe_final)
+            return unroll.run_chunk(
+                env,
+                table,
+                worlds,
+                actions,
+                keys,
+                observe_final=observe_final,
+                restarts=not group_size,
+            )
 
         def split(key: jax.Array) -> jax.Array:
             return jax.random.split(key, num_envs)
 
+        def draw_alike(key: jax.Array) -> Worlds:
+            # Copies, not the same draw made anew: they are equal to the bit wherever they lie.
+            first = np.arange(num_envs) // group_size * group_size
+            return jax.tree.map(lambda x: x[first], sharded(draw, 1)(split(key)))
+
         self.start = jax.jit(sharded(start, 3), in_shardings=rows, out_shardings=rows)
-        self.draw = jax.jit(lambda key: sharded(draw, 1)(split(key)), out_shardings=rows)
+        self.draw = jax.jit(
+            draw_alike if group_size else lambda key: sharded(draw, 1)(split(key)),
+            out_shardings=rows,
+        )
         self.observe = jax.jit(sharded(observe, 1), in_shardings=rows, out_shardings=rows)
         self.step = jax.jit(
             lambda worlds, actions, key: sharded(step, 3)(worlds, actions, split(key)),

@@ -23,6 +23,11 @@ class HostEnvGroup:
     Every env keeps one task, because switching scenes costs seconds; env e of a group whose
     first env has number f in the run plays task (f + e) mod num_tasks. Episode seeds are a
     function of the run's seed, the env's number and its episode counter.
+
+    With a group size G, so many neighbours at a time play one episode each and then stand still
+    until the next reset. Neighbours share task and seed, which are functions of their number in
+    the run and of the segment; n of them in the run take turns at the tasks, n tasks further with
+    every segment, and so keep theirs where n is a multiple of the tasks.
     """
 
     def __init__(
@@ -38,6 +43,8 @@ class HostEnvGroup:
         seed: int,
         recorder: MetricRecorder,
         observe_final: bool = True,
+        group_size: int = 0,
+        num_starts: int = 1,
     ):
         """Args:
         name: unique.
@@ -50,6 +57,8 @@ class HostEnvGroup:
         seed: the run's.
         recorder: metrics, for faults.
         observe_final: report the last observation of episodes that the time limit cuts.
+        group_size: see `SimulationConfig.group_size`.
+        num_starts: with a group size, n of the class docstring.
         """
         self.name = name
         self.spec = spec
@@ -62,6 +71,10 @@ class HostEnvGroup:
         self._seed = seed
         self._recorder = recorder
         self._observe_final = observe_final
+        self._group_size = group_size
+        self._num_starts = num_starts
+        self._is_over = np.zeros(num_envs, bool)
+        """Which envs stand still."""
         self._episodes = np.zeros(num_envs, np.int32)
         """Episodes begun so far, per env."""
         self._task = (self._numbers % len(spec.tasks)).astype(np.int32)
@@ -74,9 +87,13 @@ class HostEnvGroup:
         self._pool = make_pool(num_envs)
 
     def reset(self, cursor: Cursor) -> Observation:
-        """See EnvGroup.reset. The episode counters, not the cursor, decide the seeds."""
-        for env in range(self.num_envs):
-            self._begin(env)
+        """See EnvGroup.reset. The episode counters, not the cursor, decide the seeds, but with a
+        group size the cursor does."""
+        if self._group_size:
+            self._begin_alike(cursor.segment)
+        else:
+            for env in range(self.num_envs):
+                self._begin(env)
         return self._fresh()
 
     def reset_to(self, tasks: np.ndarray, seeds: np.ndarray) -> Observation:
@@ -91,19 +108,20 @@ class HostEnvGroup:
         others still run their chunk."""
         limits = np.asarray(self.spec.max_episode_steps)[self._task]
         left = limits - self._steps
-        for env in range(self.num_envs):
+        stepping = set(np.flatnonzero(~self._is_over).tolist())
+        for env in sorted(stepping):
             count = min(self._num_executed, int(left[env]))
             self._pool.submit_step_chunk(env, np.asarray(actions[env, :count], np.float32))
         results = [HostResult()] * self.num_envs
-        images, state = np.empty_like(self._pool.images), np.empty_like(self._pool.state)
-        stepping = set(range(self.num_envs))
+        # What of them is not written below belongs to envs that stand still.
+        images, state = np.array(self._pool.images), np.array(self._pool.state)
         while stepping or self._resetting:
             for env, result in self._answers():
                 stepping.remove(env)
                 results[env] = result
                 images[env], state[env] = self._pool.images[env], self._pool.state[env]
                 if result.failed or result.success or result.num_steps == left[env]:
-                    self._begin(env)
+                    self._end(env)
         self._note_faults()
         return self._outcome(results, limits, self._observation(images, state))
 
@@ -162,11 +180,29 @@ class HostEnvGroup:
             contact_overflow=np.zeros(self.num_envs, np.int32),  # C MuJoCo has no such limit
         )
 
+    def _end(self, env: int) -> None:
+        """What follows an episode."""
+        if self._group_size:
+            self._is_over[env] = True
+        else:
+            self._begin(env)
+
     def _begin(self, env: int) -> None:
         """Asks for the next episode of an env."""
         self._episodes[env] += 1
-        entropy = (self._seed, int(self._numbers[env]), int(self._episodes[env]))
-        self._submit_reset(env, int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+        self._submit_reset(env, self._draw_seed(self._numbers[env], self._episodes[env]))
+
+    def _begin_alike(self, segment: int) -> None:
+        """Asks for the episodes of a segment; neighbours get the same one."""
+        starts = self._numbers // self._group_size
+        self._task = ((starts + segment * self._num_starts) % len(self.spec.tasks)).astype(np.int32)
+        for env in range(self.num_envs):
+            self._submit_reset(env, self._draw_seed(starts[env], segment))
+
+    def _draw_seed(self, *counters: int) -> int:
+        """uint32, a function of the run's seed and of counters."""
+        entropy = (self._seed, *(int(x) for x in counters))
+        return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
     def _submit_reset(self, env: int, seed: int) -> None:
         self._resetting[env] = seed
@@ -191,7 +227,7 @@ class HostEnvGroup:
         while self._resetting:
             self._answers()
         self._note_faults()
-        self._steps[:], self._returns[:] = 0, 0.0
+        self._steps[:], self._returns[:], self._is_over[:] = 0, 0.0, False
         return self._observe()
 
     def _note_faults(self) -> None:

@@ -1,7 +1,7 @@
 """Simulator: steps env groups and turns their experience into trajectories.
 
 consumes    tickets from the trajectory queue; answers from a policy server
-produces    trajectories [T, E], one per ticket
+produces    trajectories [T, E], one per ticket: parts of a stream of episodes, or whole episodes
 waits for   a ticket ("learner"), then per chunk an answer ("inference")
 unblocked by  the learner's progress (credit), the policy server, close of the queue
 """
@@ -87,9 +87,10 @@ class Simulator:
         overlap_rollout: bool,
         recorder: MetricRecorder,
         meter: ActivityMeter,
+        group_size: int = 0,
     ):
         """Args:
-        groups: env groups.
+        groups: env groups, made with the same group size.
         clients: one per group.
         queue: where trajectories go.
         key: typed root key of the simulator.
@@ -97,6 +98,9 @@ class Simulator:
         overlap_rollout: see the class docstring.
         recorder: metrics.
         meter: busy / wait accounting.
+        group_size: see `SimulationConfig.group_size`. If positive, a trajectory holds whole
+          episodes: the groups are reset before each one, no query is made once all episodes
+          have ended, no critic is asked, and between trajectories there is nothing to save.
         """
         self._lanes = [
             _Lane(group=group, client=client, key=rng.stream(key, "sampling", index))
@@ -107,6 +111,7 @@ class Simulator:
         self._overlap_rollout = overlap_rollout
         self._recorder = recorder
         self._meter = meter
+        self._group_size = group_size
 
     def restore(self, snapshots: dict[str, GroupSnapshot]) -> None:
         """Continues groups from snapshots by group name; call before the threads start."""
@@ -114,6 +119,7 @@ class Simulator:
             snapshot = snapshots.get(lane.group.name)
             if snapshot is not None:
                 lane.segment = snapshot.next_segment
+            if snapshot is not None and not self._group_size:
                 lane.observation = lane.group.load_state(snapshot.end_state)
 
     def threads(self) -> dict[str, Callable[[], None]]:
@@ -125,11 +131,8 @@ class Simulator:
     def run(self, lanes: list[_Lane]) -> None:
         """Makes trajectories until the queue closes."""
         try:
-            with self._meter.busy("reset"):
-                for lane in lanes:
-                    if lane.observation is None:
-                        lane.observation = lane.group.reset(Cursor(segment=lane.segment))
             while True:
+                self._begin(lanes)
                 self._segment(lanes, self._admit(lanes))
         except _StoppedError:
             return
@@ -141,6 +144,16 @@ class Simulator:
         """Frees the groups' processes."""
         for lane in self._lanes:
             lane.group.close()
+
+    def _begin(self, lanes: list[_Lane]) -> None:
+        """Resets the groups that have no episode to go on with. No weights are asked for that, so
+        it comes before the wait for a ticket."""
+        if all(lane.observation is not None for lane in lanes):
+            return
+        with self._meter.busy("reset"):
+            for lane in lanes:
+                if lane.observation is None:
+                    lane.observation = lane.group.reset(Cursor(segment=lane.segment))
 
     def _admit(self, lanes: list[_Lane]) -> list[Ticket]:
         tickets = []
@@ -158,8 +171,7 @@ class Simulator:
             lane.join()
         try:
             assemblers = [SegmentAssembler() for _ in lanes]
-            for chunk in range(self._segment_length):
-                self._chunk(lanes, assemblers, chunk)
+            self._collect(lanes, assemblers)
             values = self._bootstrap(lanes, assemblers)
             for lane, ticket, assembler, answers in zip(
                 lanes, tickets, assemblers, values, strict=True
@@ -173,6 +185,19 @@ class Simulator:
         finally:
             for lane in lanes:
                 lane.leave()
+
+    def _collect(self, lanes: list[_Lane], assemblers: list[SegmentAssembler]) -> None:
+        """The chunk steps of a segment. A lane whose episodes have all ended leaves: a server in
+        lockstep would wait for its next request, and the others for the server."""
+        for chunk in range(self._segment_length):
+            if self._group_size:
+                running = [i for i, x in enumerate(assemblers) if not x.all_ended]
+                for index in set(range(len(lanes))).difference(running):
+                    lanes[index].leave()
+                lanes, assemblers = [lanes[i] for i in running], [assemblers[i] for i in running]
+            if not lanes:
+                return
+            self._chunk(lanes, assemblers, chunk)
 
     def _chunk(self, lanes: list[_Lane], assemblers: list[SegmentAssembler], chunk: int) -> None:
         """One chunk step of every lane: ask for all, wait for all, step all."""
@@ -199,6 +224,8 @@ class Simulator:
         has all of its values leaves: a server in lockstep would wait for its next request, and
         the others for the server.
         """
+        if self._group_size:
+            return [[] for _ in lanes]
         queries = []
         for lane, assembler in zip(lanes, assemblers, strict=True):
             assert lane.observation is not None, "every lane has run a segment"
@@ -221,19 +248,25 @@ class Simulator:
     def _put(
         self, lane: _Lane, ticket: Ticket, assembler: SegmentAssembler, values: list[np.ndarray]
     ) -> None:
-        trajectory = assembler.finish(values)
+        trajectory = assembler.finish(values, length=self._segment_length)
         counts = assembler.counts()
         oldest, newest = assembler.versions()
         lane.segment += 1
+        group_size, end_state = self._group_size, {}
+        if group_size:
+            lane.observation = None
+        else:
+            end_state = lane.group.state()
         info = SegmentInfo(
             group=lane.group.name,
             next_segment=lane.segment,
-            end_state=lane.group.state(),
+            end_state=end_state,
             episodes=assembler.episodes(),
             num_env_steps=counts.env_steps,
             num_useful_env_steps=counts.useful_env_steps,
             num_queries=counts.queries,
             num_invalid=counts.invalid_samples,
+            is_uniform=assembler.is_uniform(group_size) if group_size else np.zeros(0, bool),
         )
         self._recorder.add("faults/invalid_samples", counts.invalid_samples, Total)
         self._recorder.add("faults/contact_overflow", counts.contact_overflow, Total)

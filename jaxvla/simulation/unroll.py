@@ -1,5 +1,6 @@
 """Pure functions that advance a batch of device-env worlds by one action chunk."""
 
+import dataclasses
 from typing import Any
 
 import flax.struct
@@ -83,11 +84,15 @@ def run_chunk(
     keys: jax.Array,
     *,
     observe_final: bool = True,
+    restarts: bool = True,
 ) -> tuple[Worlds, ChunkResult, EnvState]:
     """Runs an action chunk in every world and restarts the worlds whose episode ended.
 
     A world stops at the control step that ends its episode; the rest of its chunk is not
     executed. A world whose physics is no longer finite is restarted and marked invalid.
+
+    Without restarts a world stands still from there on, one that is no longer finite where it
+    was before the chunk.
 
     Args:
       env: the env.
@@ -96,33 +101,37 @@ def run_chunk(
       actions: float32 [E, n, A], the executed part of the chunk.
       keys: typed keys [E] for the episodes that may begin.
       observe_final: render the last state of episodes that the time limit cuts.
+      restarts: a new episode follows each one that ended.
 
     Returns:
       The worlds to continue from, what happened, and the state after every control step
       (leading axes [E, n]; for videos).
     """
     before = worlds.env
+    ran = ~(before.terminated | before.truncated)
     env_states, reward, path = jax.vmap(lambda state, chunk: _run_steps(env, state, chunk))(
         worlds.env, actions
     )
     invalid = ~jax.vmap(env.is_finite)(env_states)
     reward = jnp.where(invalid, 0.0, reward)
-    terminated = env_states.terminated & ~invalid
-    truncated = env_states.truncated & ~invalid
-    ended = env_states.terminated | env_states.truncated | invalid
+    terminated = env_states.terminated & ~invalid & ran
+    truncated = env_states.truncated & ~invalid & ran
     episode_return = worlds.episode_return + reward
 
     final = _observe_if(env, table, env_states, truncated.any()) if observe_final else None
-    fresh = draw_worlds(env, keys)
-    ran = Worlds(env=env_states, episode_return=episode_return)
-    worlds = _where(ended, fresh, ran)
+    reached = Worlds(env=env_states, episode_return=episode_return)
+    if restarts:
+        worlds = _where(terminated | truncated | invalid, draw_worlds(env, keys), reached)
+    else:
+        stopped = dataclasses.replace(before, truncated=jnp.ones_like(before.truncated))
+        worlds = _where(invalid, Worlds(env=stopped, episode_return=episode_return), reached)
     result = ChunkResult(
         observation=table.complete(env.observe(worlds.env)),
         final_observation=final,
         reward=reward,
         terminated=terminated,
         truncated=truncated,
-        success=env_states.success & ~invalid,
+        success=env_states.success & ~invalid & ran,
         num_steps=env_states.num_steps - before.num_steps,
         episode_return=episode_return,
         episode_steps=env_states.num_steps,

@@ -69,6 +69,43 @@ def test_clipped_surrogate_equals_float64() -> None:
     )
 
 
+# (ratio, advantage, loss, d loss / d ratio) with a dual clip at 3
+DUAL_CASES = [
+    (2.5, -2.0, 5.0, 2.0),  # below: as without
+    (4.0, -2.0, 6.0, 0.0),  # bad and 4 times as likely: bounded, no pull
+    (4.0, 2.0, -2.6, 0.0),  # good actions are not its business
+    (0.7, -2.0, 1.6, 0.0),
+    (9.0, 0.0, 0.0, 0.0),
+]
+
+
+def dual_surrogate(ratio: Any, advantage: Any) -> jax.Array:
+    return losses.clipped_surrogate(ratio, advantage, clip_low=LOW, clip_high=HIGH, dual_clip=3.0)
+
+
+@pytest.mark.parametrize(("ratio", "advantage", "loss", "slope"), DUAL_CASES)
+def test_dual_clip_hand_values(ratio: float, advantage: float, loss: float, slope: float) -> None:
+    r, a = array(ratio), array(advantage)
+    np.testing.assert_allclose(dual_surrogate(r, a), [loss], rtol=1e-6)
+    np.testing.assert_allclose(slopes(dual_surrogate, r, a), [slope], rtol=1e-6)
+
+
+def test_dual_clip_equals_float64() -> None:
+    rng = np.random.default_rng(2)
+    ratio = np.exp(1.5 * rng.normal(size=4000)).astype(np.float32)
+    advantage = rng.normal(size=4000).astype(np.float32)
+    r, a = ratio.astype(np.float64), advantage.astype(np.float64)
+    kept = np.minimum(r * a, np.clip(r, 1 - LOW, 1 + HIGH) * a)
+    expected = -np.where(a < 0, np.maximum(kept, 3.0 * a), kept)
+    np.testing.assert_allclose(dual_surrogate(ratio, advantage), expected, rtol=1e-6, atol=1e-7)
+    is_cut = (r > 3.0) & (a < 0)
+    assert is_cut.sum() > 100
+    plain = slopes(surrogate, ratio, advantage)
+    np.testing.assert_array_equal(
+        slopes(dual_surrogate, ratio, advantage), np.where(is_cut, 0.0, plain)
+    )
+
+
 # (value, behavior value, return, loss, d loss / d value)
 VALUE_CASES = [
     (1.0, 1.0, 3.0, 2.0, -2.0),
@@ -102,6 +139,33 @@ def test_clipped_value_error_equals_float64() -> None:
     np.testing.assert_allclose(
         slopes(value_error, v, old, target), np.where(is_active, far, 0), rtol=1e-5, atol=1e-6
     )
+
+
+def huber_error(value: Any, behavior_value: Any, return_: Any) -> jax.Array:
+    return losses.clipped_value_error(value, behavior_value, return_, clip=VALUE_CLIP, huber=0.8)
+
+
+def test_huber_value_error_equals_float64() -> None:
+    v, old, target = np.random.default_rng(3).normal(size=(3, 4000)).astype(np.float32)
+    far = v.astype(np.float64) - target
+    near = old.astype(np.float64) + np.clip(v - old.astype(np.float64), -VALUE_CLIP, VALUE_CLIP)
+    near = near - target
+
+    def huber(error: np.ndarray) -> np.ndarray:
+        size = np.abs(error)
+        return np.where(size <= 0.8, 0.5 * size**2, 0.8 * (size - 0.4))
+
+    expected = np.maximum(huber(far), huber(near))
+    np.testing.assert_allclose(huber_error(v, old, target), expected, rtol=1e-5, atol=1e-7)
+    is_active = (np.abs(v - old) < VALUE_CLIP) | (np.abs(far) > np.abs(near))
+    slope = np.where(is_active, np.clip(far, -0.8, 0.8), 0)
+    np.testing.assert_allclose(slopes(huber_error, v, old, target), slope, rtol=1e-5, atol=1e-6)
+
+
+def test_huber_without_an_error_has_no_slope() -> None:
+    ones = array(1.0)
+    assert float(huber_error(ones, ones, ones)[0]) == 0.0
+    np.testing.assert_array_equal(slopes(huber_error, ones, ones, ones), [0.0])
 
 
 @settings(max_examples=40, deadline=None)

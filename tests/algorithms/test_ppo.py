@@ -111,6 +111,20 @@ def test_loss_and_metrics_equal_float64() -> None:
     assert float(total) == float(metrics["loss/total"])
 
 
+def test_dual_clip_and_huber_reach_the_loss() -> None:
+    samples = make_batch()
+    samples = acted(samples, 0.7 * samples.trace - 1.5)  # every ratio is exp(1.5), above 3
+    settings = {"dual_clip": 3.0, "value_huber": 0.3, "value_clip": 1e6}
+    (_, metrics), _ = loss_and_grad(ppo(**settings), samples)
+    advantage = np.float64(samples.advantage)
+    expected = np.where(advantage < 0, -3.0 * advantage, -1.2 * advantage).mean()
+    np.testing.assert_allclose(metrics["loss/policy"], expected, rtol=1e-5)
+    error = np.abs(-0.4 * np.float64(samples.trace) - np.float64(samples.return_))
+    assert (error > 0.3).any() and (error < 0.3).any()
+    expected = np.where(error > 0.3, 0.3 * (error - 0.15), 0.5 * error**2).mean()
+    np.testing.assert_allclose(metrics["loss/value"], expected, rtol=1e-5)
+
+
 def test_at_ratio_1_the_gradient_is_the_policy_gradient() -> None:
     """Sutton et al. 1999: the mean of -A grad log pi."""
     samples = make_batch()
@@ -201,7 +215,10 @@ def test_nan_of_a_used_sample_shows() -> None:
         ("trace_decay", float("nan")),
         ("clip_low", 0.0),
         ("clip_high", -0.2),
+        ("dual_clip", 1.2),
+        ("dual_clip", -3.0),
         ("value_clip", 0.0),
+        ("value_huber", -1.0),
         ("value_coef", -1.0),
         ("entropy_coef", -0.01),
     ],
@@ -213,3 +230,4 @@ def test_bad_settings_are_named(name: str, value: float) -> None:
 
 def test_edges_of_the_ranges_are_allowed() -> None:
     PPOConfig(discount=1.0, trace_decay=0.0, value_coef=0.0, entropy_coef=0.0).validate()
+    PPOConfig(dual_clip=1.21, value_huber=0.0).validate()

@@ -15,6 +15,8 @@ from jaxvla.config import AlgorithmConfig
 from jaxvla.types import Observation, Params, TrainingBatch, Trajectory
 
 T, B, A = 4, 3, 2
+SETTINGS = {"grpo": {"group_size": B}}
+"""What an algorithm cannot do with by default."""
 
 
 class GaussianPolicy:
@@ -30,20 +32,23 @@ class GaussianPolicy:
 
 @pytest.fixture(params=list(ALGORITHMS))
 def algorithm(request: pytest.FixtureRequest) -> Any:
-    """Every registered algorithm with its default settings."""
+    """Every registered algorithm with its default settings, where it has all of them."""
     algorithm_class = ALGORITHMS.get(request.param)
     config_class = typing.get_type_hints(algorithm_class.__init__)["config"]
     assert issubclass(config_class, AlgorithmConfig)
-    config = config_class()
+    config = config_class(**SETTINGS.get(request.param, {}))
     assert config.name == request.param
     config.validate()
     return algorithm_class(config)
 
 
 def make_trajectory(params: Params, *, num_invalid: int = 0) -> Trajectory:
-    """A trajectory of `params` themselves; its invalid samples are NaN wherever they may be."""
+    """A trajectory of `params` themselves; its invalid samples are NaN wherever they may be.
+
+    They are the last ones, so that every env has been seen to end an episode before.
+    """
     rng = np.random.default_rng(0)
-    valid = np.arange(T * B).reshape(T, B) >= num_invalid
+    valid = np.arange(T * B).reshape(T, B) < T * B - num_invalid
 
     def normal(*shape: int) -> np.ndarray:
         return rng.normal(size=(T, B, *shape)).astype(np.float32)

@@ -31,6 +31,20 @@ SMALL: dict[str, Callable[[], ModelConfig]] = {
 }
 """Model -> unresolved config that compiles in seconds. Every registered model has an entry."""
 
+LEARNED_NOISE = {"exploration": "noise", "value_input": "suffix"}
+
+EXPLORATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "pi-cps": ("pi", {"exploration": "cps", "ignore_last_step": True}),
+    "pi-sde_chain": ("pi", {"exploration": "sde_chain"}),
+    "pi-noise": ("pi", LEARNED_NOISE),
+    "pi-reinflow": ("pi", LEARNED_NOISE | {"exploration": "reinflow"}),
+    "pi-fpo": ("pi", {"exploration": "fpo", "fpo_draws": 3}),
+}
+"""(model, changes of its small config) that sample otherwise than by default."""
+
+COVERED = ("pi-cps", "pi-sde_chain", "pi-reinflow")
+"""These share their code with others, and are left to CI."""
+
 SPEC = EnvSpec(
     cameras=("front", "wrist"),
     image_size=32,
@@ -90,15 +104,16 @@ def make_observation(max_tokens: int) -> Observation:
     )
 
 
-@pytest.fixture(scope="module", params=list(MODELS))
-def model(request: pytest.FixtureRequest) -> Model:
-    """Every registered model, small."""
-    config = SMALL[request.param]()
-    assert config.name == request.param
+@functools.cache
+def make_model(label: str) -> Model:
+    """Of a name in MODELS or EXPLORATIONS."""
+    name, changes = EXPLORATIONS.get(label, (label, {}))
+    config = dataclasses.replace(SMALL[name](), **changes)
+    assert config.name == name
     tokenizer = ByteTokenizer()
     config = config.resolve(SPEC, num_executed=NUM_EXECUTED, tokenizer=tokenizer)
     stats = NormStats.from_bounds(SPEC.state_low, SPEC.state_high, SPEC.action_dim)
-    policy = MODELS.get(request.param)(config, stats)
+    policy = MODELS.get(name)(config, stats)
     return Model(
         policy=policy,
         horizon=config.action_horizon,
@@ -111,6 +126,24 @@ def model(request: pytest.FixtureRequest) -> Model:
             )
         ),
     )
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def model(request: pytest.FixtureRequest) -> Model:
+    """Every registered model, small."""
+    return make_model(request.param)
+
+
+_EXPLORERS = [
+    pytest.param(name, marks=pytest.mark.slow if name in COVERED else ())
+    for name in (*MODELS, *EXPLORATIONS)
+]
+
+
+@pytest.fixture(scope="module", params=_EXPLORERS)
+def explorer(request: pytest.FixtureRequest) -> Model:
+    """Every registered model, small, with every kind of exploration."""
+    return make_model(request.param)
 
 
 def rows(tree: Any, index: np.ndarray) -> Any:
@@ -153,18 +186,20 @@ def test_observation_spec_is_what_the_policy_reads(model: Model) -> None:
     jax.eval_shape(act, params, spec, keys_of(0))
 
 
-def test_samples_have_the_shapes_of_the_contract(model: Model) -> None:
-    sample = model.sample()
-    assert sample.actions.shape == (B, model.horizon, SPEC.action_dim)
+def test_samples_have_the_shapes_of_the_contract(explorer: Model) -> None:
+    sample = explorer.sample()
+    assert sample.actions.shape == (B, explorer.horizon, SPEC.action_dim)
     assert sample.log_prob.shape == sample.value.shape == (B,)
     for leaf in (sample.actions, sample.log_prob, sample.value):
         assert leaf.dtype == jnp.float32 and np.isfinite(leaf).all()
     assert all(leaf.shape[0] == B for leaf in jax.tree.leaves(sample.trace))
 
 
-def test_sampled_log_prob_is_the_evaluated_one(model: Model) -> None:
-    sample = model.sample()
-    log_prob, entropy, value = model.evaluate(model.params, model.observation, sample.trace)
+def test_sampled_log_prob_is_the_evaluated_one(explorer: Model) -> None:
+    sample = explorer.sample()
+    log_prob, entropy, value = explorer.evaluate(
+        explorer.params, explorer.observation, sample.trace
+    )
     assert_close(log_prob, sample.log_prob, atol=1e-4)
     assert_close(value, sample.value)
     assert entropy.shape == (B,) and np.isfinite(entropy).all()
@@ -194,61 +229,63 @@ def test_encodings_have_rows_first_and_depend_on_the_encoder_alone(model: Model)
     assert any((np.asarray(a) != np.asarray(b)).any() for a, b in pairs)
 
 
-def test_log_prob_follows_the_weights(model: Model) -> None:
-    sample = model.sample()
-    moved = jax.tree.map(lambda leaf: 1.05 * leaf, model.params)
-    log_prob, _, _ = model.evaluate(moved, model.observation, sample.trace)
+def test_log_prob_follows_the_weights(explorer: Model) -> None:
+    sample = explorer.sample()
+    moved = jax.tree.map(lambda leaf: 1.05 * leaf, explorer.params)
+    log_prob, _, _ = explorer.evaluate(moved, explorer.observation, sample.trace)
     assert np.abs(np.asarray(log_prob) - np.asarray(sample.log_prob)).min() > 1e-3
 
 
-def test_log_prob_has_a_gradient(model: Model) -> None:
-    trace = model.sample().trace
+def test_log_prob_has_a_gradient(explorer: Model) -> None:
+    trace = explorer.sample().trace
 
     def total(params: Params) -> jax.Array:
-        encoding = model.policy.encode(params, model.observation)
-        return model.policy.evaluate(params, encoding, trace)[0].sum()
+        encoding = explorer.policy.encode(params, explorer.observation)
+        return explorer.policy.evaluate(params, encoding, trace)[0].sum()
 
-    leaves = jax.tree.leaves(quick_jit(jax.grad(total))(model.params))
+    leaves = jax.tree.leaves(quick_jit(jax.grad(total))(explorer.params))
     assert all(np.isfinite(leaf).all() for leaf in leaves)
     assert max(np.abs(leaf).max() for leaf in leaves) > 1e-3
 
 
-def test_rows_do_not_depend_on_batching(model: Model) -> None:
-    sample, keys = model.sample(), keys_of(1)
+def test_rows_do_not_depend_on_batching(explorer: Model) -> None:
+    sample, keys = explorer.sample(), keys_of(1)
     order = np.array([2, 0, 3, 1])
-    permuted = model.explore(model.params, rows(model.observation, order), keys[order])
+    permuted = explorer.explore(explorer.params, rows(explorer.observation, order), keys[order])
     assert_close(permuted, rows(sample, order))
     # A batch of two, padded to the compiled size by repetition.
     padding = np.array([1, 3, 1, 1])
-    padded = model.explore(model.params, rows(model.observation, padding), keys[padding])
+    padded = explorer.explore(explorer.params, rows(explorer.observation, padding), keys[padding])
     assert_close(rows(padded, np.arange(2)), rows(sample, padding[:2]))
 
 
-def test_one_row_alone_gives_the_same(model: Model) -> None:
-    alone = model.explore(model.params, rows(model.observation, np.array([2])), keys_of(1)[2:3])
-    assert_close(alone, rows(model.sample(), np.array([2])))
+def test_one_row_alone_gives_the_same(explorer: Model) -> None:
+    alone = explorer.explore(
+        explorer.params, rows(explorer.observation, np.array([2])), keys_of(1)[2:3]
+    )
+    assert_close(alone, rows(explorer.sample(), np.array([2])))
 
 
-def test_sampling_is_a_function_of_the_keys(model: Model) -> None:
-    first, again, other = model.sample(), model.sample(), model.sample(seed=2)
+def test_sampling_is_a_function_of_the_keys(explorer: Model) -> None:
+    first, again, other = explorer.sample(), explorer.sample(), explorer.sample(seed=2)
     jax.tree.map(np.testing.assert_array_equal, again, first)
     assert np.abs(np.asarray(other.actions) - np.asarray(first.actions)).max() > 0.01
     assert_close(other.value, first.value)  # the critic does not look at the noise
 
 
-def test_without_exploration_log_prob_is_zero(model: Model) -> None:
-    act = quick_jit(functools.partial(model.policy.act, explore=False))
-    sample = act(model.params, model.observation, keys_of(1))
+def test_without_exploration_log_prob_is_zero(explorer: Model) -> None:
+    act = quick_jit(functools.partial(explorer.policy.act, explore=False))
+    sample = act(explorer.params, explorer.observation, keys_of(1))
     np.testing.assert_array_equal(sample.log_prob, 0.0)
-    assert sample.actions.shape == (B, model.horizon, SPEC.action_dim)
-    assert_close(sample.value, model.sample().value)
-    again = act(model.params, model.observation, keys_of(1))
+    assert sample.actions.shape == (B, explorer.horizon, SPEC.action_dim)
+    assert_close(sample.value, explorer.sample().value)
+    again = act(explorer.params, explorer.observation, keys_of(1))
     np.testing.assert_array_equal(again.actions, sample.actions)
 
 
-def test_values_alone_are_the_same(model: Model) -> None:
-    values = quick_jit(model.policy.values)(model.params, model.observation)
-    assert_close(values, model.sample().value)
+def test_values_alone_are_the_same(explorer: Model) -> None:
+    values = quick_jit(explorer.policy.values)(explorer.params, explorer.observation)
+    assert_close(values, explorer.sample().value)
 
 
 def test_imitation_loss_is_one_number_per_row(model: Model) -> None:

@@ -101,6 +101,26 @@ def test_libero_inputs(cases, request_of_policy) -> None:
     assert libero_inputs(request_of_policy).images.shape == (3, 224, 224, 3)
 
 
+def test_a_robot_with_other_sizes(request_of_policy) -> None:
+    state = np.arange(5.0)
+    request = request_of_policy | {"observation/state": state, "actions": np.zeros((2, 4))}
+    sizes = {"state_dim": 5, "action_dim": 4}
+    three = libero_inputs(request_of_policy, 28)
+    for num_cameras in (1, 2, 3):
+        inputs = libero_inputs(request, 28, num_cameras=num_cameras, **sizes)
+        np.testing.assert_array_equal(inputs.images, three.images[:num_cameras])
+        assert inputs.image_mask.tolist() == [True, True, False][:num_cameras]
+        np.testing.assert_array_equal(inputs.state, state)
+        assert inputs.actions is not None and inputs.actions.shape == (2, 4)
+    alone = {key: request[key] for key in request if key != "observation/wrist_image"}
+    assert libero_inputs(alone, 28, num_cameras=1, **sizes).images.shape == (1, 28, 28, 3)
+    with pytest.raises(ValueError, match=r"shape \(2, 4\): send \[H, 7\]"):
+        libero_inputs(request, 28, state_dim=5)
+    for num_cameras in (0, 4):
+        with pytest.raises(ValueError, match=f"num_cameras = {num_cameras}"):
+            libero_inputs(request, 28, num_cameras=num_cameras, **sizes)
+
+
 def test_other_layouts_of_the_same_image(request_of_policy) -> None:
     expected = libero_inputs(request_of_policy, 28).images
     image = request_of_policy["observation/image"]

@@ -61,12 +61,15 @@ def make_training(
     standardize: bool = False,
     trainable: str = ".*",
     eps: float = 1e-8,
+    weight_decay: float = 0.0,
     encode_once: bool = False,
 ) -> Training:
     """Train functions of a policy and an algorithm, by default a linear one and PPO."""
     policy = policy or LinearPolicy()
     algorithm = algorithm or PPO(PPOConfig(standardize_advantages=standardize, entropy_coef=0.01))
-    config = OptimizerConfig(learning_rate=1e-2, trainable=trainable, eps=eps)
+    config = OptimizerConfig(
+        learning_rate=1e-2, trainable=trainable, eps=eps, weight_decay=weight_decay
+    )
     params = jax.eval_shape(policy.init, jax.random.key(0))
     optimizer = make_optimizer(config, params)
     struct = jax.eval_shape(lambda p: init_state(p, optimizer), params)

@@ -22,7 +22,7 @@ T, B, STATE_DIM, ACTION_DIM, NUM_STEPS = 2, 8, 5, 3, 4
 # Adam divides a gradient by its size, so that near-zero ones of other sign (rounding of sums
 # in another order) would move parameters by a whole learning rate; a large eps takes that away.
 SETTINGS = {"num_minibatches": 2, "standardize": True, "eps": 1e-2}
-EXPERT_AND_CRITIC = "^PaliGemma/llm/.*_1/|^(action|time|state)_|^value_head/"
+EXPERT_AND_CRITIC = "^PaliGemma/llm/.*_1/|^(action|time|state)_|^(value|noise)_head/"
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +73,11 @@ def random_observation(policy: PiPolicy) -> Observation:
 
 @pytest.fixture(scope="module")
 def trajectory(training, policy: PiPolicy) -> Trajectory:
+    """See `make_trajectory`."""
+    return make_trajectory(training, policy)
+
+
+def make_trajectory(training: Any, policy: PiPolicy) -> Trajectory:
     """Sampled actions with random rewards. Two samples are invalid and full of NaN."""
     observation = random_observation(policy)
     params = training(policy, **SETTINGS).fresh_state().params
@@ -143,6 +148,29 @@ def test_encoding_once_changes_nothing_while_the_encoder_is_frozen(
     losses = [[float(metrics["loss/total"]) for metrics in run] for _, run in (once, anew)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert abs(losses[0][0] - losses[0][-1]) > 1e-3  # something was learned meanwhile
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [{"exploration": "noise", "value_input": "suffix"}, {"exploration": "fpo", "fpo_draws": 3}],
+    ids=["noise", "fpo"],
+)
+def test_other_kinds_of_exploration_train_on_a_mesh(
+    training, policy: PiPolicy, changes: dict[str, Any]
+) -> None:
+    policy = PiPolicy(dataclasses.replace(policy.config, **changes), policy._normalizer)
+    trajectory = make_trajectory(training, policy)
+    (state, metrics), (expected, _) = (
+        train(training(policy, layout=layout, **SETTINGS), trajectory)
+        for layout in ("colocated=4:data2,fsdp2", "colocated=1")
+    )
+    assert metrics[0]["ratio/mean"] == pytest.approx(1.0, abs=1e-3)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=0.0, atol=1e-5),
+        jax.device_get(state.params),
+        jax.device_get(expected.params),
+    )
 
 
 def test_training_moves_the_parameters(training, policy: PiPolicy, on_one_device) -> None:

@@ -140,6 +140,7 @@ def draws(draw) -> flow.Draws:
 def test_draws_are_standard_and_uniform(draws) -> None:
     for normal in (draws.initial, draws.exploration):
         assert scipy.stats.kstest(np.asarray(normal).ravel(), "norm").pvalue > 1e-3
+    assert draws.exploration.shape == (4000, 1, 2, 3)
     assert abs(np.corrcoef(np.ravel(draws.initial), np.ravel(draws.exploration))[0, 1]) < 0.03
     counts = np.bincount(draws.step)
     assert len(counts) == 3  # never an index >= num_choices
@@ -160,14 +161,14 @@ def test_denoise_takes_one_noisy_step_per_row(quick_jit, kind: str) -> None:
     )
     assert set(np.asarray(draws.step)) == set(range(num_steps))
 
-    def velocity(x, t):
-        return jnp.sin(3.0 * x) + t[:, None, None]
+    def predict(x, t):
+        return jnp.sin(3.0 * x) + t[:, None, None], None
 
     table = transitions(kind, num_steps)
-    x, trace, (mean, std) = quick_jit(lambda d: flow.denoise(velocity, d, table))(draws)
+    x, trace, (mean, std) = quick_jit(lambda d: flow.denoise(predict, d, table))(draws)
     for row in range(16):
         expected = _denoise_row(kind, draws, row)
-        actual = [x[row], trace.x_t[row], trace.x_next[row], mean[row], std[row, 0, 0]]
+        actual = [x[row], *trace.states[row], mean[row, 0], std[row, 0, 0, 0]]
         for ours, theirs in zip(actual, expected, strict=True):
             np.testing.assert_allclose(ours, theirs, atol=2e-5)
     np.testing.assert_array_equal(trace.step, draws.step)
@@ -183,7 +184,7 @@ def _denoise_row(kind: str, draws: flow.Draws, row: int) -> list[np.ndarray]:
         x_t, x = x, x - v / num_steps
         if index == draws.step[row]:
             mean, std = table.x[index] * x_t + table.velocity[index] * v, table.std[index]
-            x = mean + std * np.asarray(draws.exploration[row], np.float64)
+            x = mean + std * np.asarray(draws.exploration[row, 0], np.float64)
             kept = [x_t, x, mean, std]
     return [x, *kept]
 

@@ -12,7 +12,7 @@ import pytest
 from jaxvla.config import ConfigError
 from jaxvla.data.normalization import FieldStats, NormStats
 from jaxvla.models.base import Prefix
-from jaxvla.models.pi import PiConfig, PiPolicy, embed_suffix
+from jaxvla.models.pi import PiConfig, PiPolicy, embed_suffix, run_suffix
 from jaxvla.models.pi_config import pi0_config, pi05_config, tiny_config
 from jaxvla.models.tokenizer import ByteTokenizer
 from jaxvla.types import SupervisedBatch
@@ -61,8 +61,8 @@ def rows(tree, index):
 
 
 def test_sample_shapes_and_dtypes(sample) -> None:
-    for array in (sample.actions, sample.trace.x_t, sample.trace.x_next):
-        assert array.shape == (5, 6, 3) and array.dtype == jnp.float32
+    assert sample.actions.shape == (5, 6, 3) and sample.actions.dtype == jnp.float32
+    assert sample.trace.states.shape == (5, 2, 6, 3) and sample.trace.states.dtype == jnp.float32
     for array in (sample.log_prob, sample.value):
         assert array.shape == (5,) and array.dtype == jnp.float32
         assert np.isfinite(array).all()
@@ -114,11 +114,11 @@ def test_without_exploration_the_path_is_the_ode(policy, params, observation, qu
     def last_transition(params, observation, trace):
         prefix, state = policy.prefix(params, observation), policy._model_state(observation)
         time = 1.0 - trace.step / policy.config.num_denoise_steps
-        velocity = policy.velocity(params, prefix, state, trace.x_t, time)
-        return trace.x_t - velocity / policy.config.num_denoise_steps
+        velocity = policy.velocity(params, prefix, state, trace.states[:, 0], time)
+        return trace.states[:, 0] - velocity / policy.config.num_denoise_steps
 
     expected = quick_jit(last_transition)(params, observation, result.trace)
-    assert_close(result.trace.x_next, expected)
+    assert_close(result.trace.states[:, 1], expected)
 
 
 def test_masked_inputs_do_not_matter(params, observation, act, sample) -> None:
@@ -189,11 +189,10 @@ def test_padded_dimensions_stay_inside(spec, observation, quick_jit) -> None:
     policy = make_policy(config, spec)
     params = quick_jit(policy.init)(jax.random.key(0))
     sample = quick_jit(functools.partial(policy.act, explore=True))(params, observation, keys_of(5))
-    assert sample.actions.shape == (5, 6, 3) and sample.trace.x_t.shape == (5, 6, 7)
+    assert sample.actions.shape == (5, 6, 3) and sample.trace.states.shape == (5, 2, 6, 7)
     # Only the 4 executed steps of the 3 env dimensions are scored.
-    unscored = sample.trace.replace(
-        x_next=sample.trace.x_next.at[:, 4:].add(9.0).at[:, :, 3:].add(9.0)
-    )
+    states = sample.trace.states.at[:, 1, 4:].add(9.0).at[:, 1, :, 3:].add(9.0)
+    unscored = sample.trace.replace(states=states)
     log_prob, _, _ = quick_jit(evaluation(policy))(params, observation, unscored)
     assert_close(log_prob, sample.log_prob, atol=1e-4)
 
@@ -218,6 +217,96 @@ def gradient_norms(policy, params, observation, trace, quick_jit) -> dict[str, f
     gradient = quick_jit(jax.grad(total))(params)
     leaves = jax.tree_util.tree_leaves_with_path(gradient)
     return {"/".join(k.key for k in path): float(jnp.linalg.norm(leaf)) for path, leaf in leaves}
+
+
+def test_a_frozen_policy_is_a_function_of_observation_and_noise(
+    policy, params, observation, quick_jit
+) -> None:
+    """What a method that chooses the noise relies on."""
+
+    @quick_jit
+    def chunk(keys, noise):
+        prefix, state = policy.prefix(params, observation), policy._model_state(observation)
+        return policy.sample(params, prefix, state, keys, False, noise=noise)[0]
+
+    noise = jax.random.normal(jax.random.key(3), (5, 6, 3))
+    first, again = chunk(keys_of(5), noise), chunk(keys_of(5, seed=2), noise)
+    np.testing.assert_array_equal(first, again)
+    other = chunk(keys_of(5), noise.at[1].add(0.5))
+    differs = np.abs(np.asarray(other) - first).max((1, 2))
+    assert differs[1] > 0.1 and not differs[[0, 2, 3, 4]].any()
+
+
+@pytest.fixture(scope="module")
+def noisy(spec):
+    """Learned noise, and a critic on the suffix."""
+    changes = {"exploration": "noise", "value_input": "suffix", "grounding_coef": 0.0, "depth": 1}
+    return make_policy(
+        dataclasses.replace(tiny_config(), action_horizon=6, vision_depth=1, **changes), spec
+    )
+
+
+def test_learned_noise_and_suffix_critic_learn_from_a_fresh_start(
+    noisy, observation, quick_jit
+) -> None:
+    params = quick_jit(noisy.init)(jax.random.key(0))
+    act = quick_jit(functools.partial(noisy.act, explore=True))
+    sample = act(params, observation, keys_of(5))
+    assert sample.trace.states.shape == (5, 5, 6, 3)
+
+    def gradients(params):
+        def total(params):
+            log_prob, entropy, value = evaluation(noisy)(params, observation, sample.trace)
+            return log_prob.sum(), entropy.sum(), value.sum()
+
+        outputs, pull_back = jax.vjp(total, params)
+        chosen = [[jnp.float32(i == index) for i in range(3)] for index in range(3)]
+        return outputs, [pull_back(tuple(one))[0] for one in chosen]
+
+    (_, _, value), (of_log_prob, of_entropy, of_value) = quick_jit(gradients)(params)
+    assert_close(value, sample.value.sum())
+
+    def is_moved(gradient, *path):
+        for name in path:
+            gradient = gradient[name]
+        return any(float(jnp.abs(x).max()) > 1e-7 for x in jax.tree.leaves(gradient))
+
+    expert = ("PaliGemma", "llm", "layers", "mlp_1")
+    for gradient, heads in (
+        (of_log_prob, {"noise_head": True, "value_head": False, "action_out_proj": True}),
+        (of_entropy, {"noise_head": True, "value_head": False, "action_out_proj": False}),
+        (of_value, {"noise_head": False, "value_head": True, "action_out_proj": False}),
+    ):
+        assert {name: is_moved(gradient, name) for name in heads} == heads
+        assert is_moved(gradient, *expert)
+    # Nothing but the prefix's keys and values reaches the suffix.
+    assert not is_moved(of_value, "PaliGemma", "llm", "final_norm")
+    assert is_moved(of_value, "PaliGemma", "img")
+
+
+def test_the_suffix_critic_reads_the_scored_steps_at_the_mean_of_the_noise(
+    noisy, observation, quick_jit
+) -> None:
+    params = quick_jit(noisy.init)(jax.random.key(0))
+    assert params["value_head"]["Dense_0"]["kernel"].shape[0] == noisy.config.expert_width
+
+    @quick_jit
+    def expected(params, observation):
+        prefix, state = noisy.prefix(params, observation), noisy._model_state(observation)
+        suffix = embed_suffix(params, noisy.config, state, jnp.zeros((5, 6, 3)), jnp.ones(5))
+        features = run_suffix(params, prefix, suffix, remat=False)
+        x = features[:, 1:5].mean(axis=1)  # token 0 is the state, 4 of 6 steps are executed
+        for index in range(2):
+            layer = params["value_head"][f"Dense_{index}"]
+            x = jnp.maximum(x @ layer["kernel"] + layer["bias"], 0.0)
+        return (x @ params["value_head"]["out"]["kernel"])[:, 0]
+
+    values = quick_jit(noisy.values)(params, observation)
+    assert_close(values, expected(params, observation))
+    detached = variant(noisy, detach_value=True)
+    gradient = quick_jit(jax.grad(lambda p: detached.values(p, observation).sum()))(params)
+    moved = {name for name, x in gradient.items() if any(map(np.any, jax.tree.leaves(x)))}
+    assert moved == {"value_head"}
 
 
 def test_every_leaf_learns_from_a_fresh_start(policy, params, observation, sample, quick_jit):

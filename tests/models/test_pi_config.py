@@ -54,7 +54,11 @@ def test_resolve_keeps_what_is_set(spec) -> None:
         ("time_conditioning", "film"),
         ("state_input", "text"),
         ("dtype", "float16"),
-        ("exploration", "noise"),
+        ("exploration", "gauss"),
+        ("value_input", "mean"),
+        ("noise_low", 0.0),
+        ("noise_high", 0.08),
+        ("fpo_draws", 0),
         ("noise_level", 0.0),
         ("lora_scale", 0.0),
         ("num_denoise_steps", 0),
@@ -99,6 +103,10 @@ def test_a_value_head_may_be_linear(spec) -> None:
         ({"exploration": "cps"}, "ignore_last_step"),
         ({"exploration": "cps", "ignore_last_step": True, "noise_level": 1.5}, "noise_level"),
         ({"ignore_last_step": True, "num_denoise_steps": 1}, "num_denoise_steps"),
+        ({"ignore_last_step": True, "exploration": "sde_chain"}, "ignore_last_step"),
+        ({"ignore_last_step": True, "exploration": "noise"}, "ignore_last_step"),
+        ({"ignore_last_step": True, "exploration": "fpo"}, "ignore_last_step"),
+        ({"noise_low": 0.2}, "noise_high"),
     ],
 )
 def test_settings_that_exclude_each_other(spec, changes: dict, field: str) -> None:

@@ -47,10 +47,11 @@ def run_model(policy, params, oracle, sample_steps: tuple[int, ...]) -> dict[str
     }
     if suffix.condition is not None:
         results["adarms_cond"] = suffix.condition
-    draws = flow.Draws(initial=noise, exploration=noise, step=jnp.zeros(len(noise), jnp.int32))
+    start = jnp.zeros(len(noise), jnp.int32)
+    draws = flow.Draws(initial=noise, exploration=noise[:, None], step=start)
     for num_steps in sample_steps:
         results[f"sample/{num_steps}"], _, _ = flow.denoise(
-            lambda x_t, time: policy.velocity(params, prefix, state, x_t, time),
+            lambda x_t, time: (policy.velocity(params, prefix, state, x_t, time), None),
             draws,
             flow.ode_transitions(num_steps),
         )

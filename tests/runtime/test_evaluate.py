@@ -109,9 +109,9 @@ def test_a_work_directory_without_a_checkpoint(tmp_path: pathlib.Path) -> None:
 # --------------------------------------------------------------------------- the judge
 
 
-def test_an_env_without_a_judge_says_so() -> None:
+def test_an_env_without_a_judge_says_so(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ConfigError, match="has no judge"):
-        draw_judge(_parts().blueprint)
+        draw_judge(_parts().blueprint, tmp_path)
 
 
 def test_the_judge_evaluates_the_same_policy_in_its_own_env(
@@ -122,7 +122,7 @@ def test_the_judge_evaluates_the_same_policy_in_its_own_env(
 
     monkeypatch.setattr(TabletopConfig, "judge", judge)
     blueprint = _parts(evaluation__num_judge_envs=3).blueprint
-    judging = draw_judge(blueprint)
+    judging = draw_judge(blueprint, pathlib.Path("run"))
     assert judging.config.simulation.envs_per_group == 3
     assert judging.spec.tasks == blueprint.spec.tasks[:2]
     assert blueprint.config.simulation.envs_per_group == 8

@@ -14,6 +14,7 @@ from simulation.counter_env import CounterEnv
 
 from jaxvla.algorithms.ppo import PPOConfig
 from jaxvla.config import EnvConfig, ExperimentConfig, ModelConfig, ServingConfig
+from jaxvla.data.normalization import NormStats
 from jaxvla.layout import parse_layout
 from jaxvla.models.tokenizer import ByteTokenizer
 from jaxvla.runtime.build import Blueprint, Parts
@@ -56,6 +57,7 @@ def make_blueprint(policy: Any, layout: str = "colocated=1") -> Blueprint:
         policy=policy,
         layout=parse_layout(layout),
         tokenizer=ByteTokenizer(),
+        stats=NormStats.from_bounds([0.0, 0.0], [1.0, 1.0], 2),
         table=TokenTable(tokens=tokens, mask=tokens > 0),
     )
 

@@ -71,24 +71,23 @@ def make_blueprint(
         "learning": c.LearningConfig(num_updates=4, trajectories_per_update=2),
         "evaluation": c.EvaluationConfig(num_episodes=4, num_videos=0),
         "checkpoint": c.CheckpointConfig(interval=2, keep=2),
+        "algorithm": PPOConfig(),
     }
     config = c.ExperimentConfig(
         name="tiny",
         env=c.EnvConfig(name="counter", num_executed=HORIZON),
         model=c.ModelConfig(name="tiny", action_horizon=HORIZON),
-        algorithm=PPOConfig(),
         meshes=c.MeshesConfig(layout=layout),
         **(defaults | sections),
     )
     tokens: Any = np.asarray([[3, 1], [4, 0]], np.int32)
-    spec = CounterEnv.spec
     return Blueprint(
         config=config,
         env=EventfulEnv(),
         policy=policy or TinyPolicy(CounterEnv.spec),
         layout=parse_layout(layout),
         tokenizer=ByteTokenizer(),
-        stats=NormStats.from_bounds(spec.state_low, spec.state_high, spec.action_dim),
+        stats=NormStats.from_bounds([0.0, 0.0], [1.0, 1.0], 2),
         table=TokenTable(tokens=tokens, mask=tokens > 0),
     )
 

@@ -43,7 +43,7 @@ class TinyPolicy:
     ) -> PolicySample:
         features = features_of(observation)
         chunk, trace, (mean, std) = flow.denoise(
-            lambda x_t, time: self._velocity(params, features, x_t),
+            lambda x_t, time: (self._velocity(params, features, x_t), None),
             flow.draw(keys, self._chunk, NUM_DENOISE_STEPS),
             self._noisy if explore else self._ode,
         )
@@ -60,8 +60,9 @@ class TinyPolicy:
     def evaluate(
         self, params: Params, encoding: jax.Array, trace: flow.FlowTrace
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        velocity = self._velocity(params, encoding, trace.x_t)
-        mean, std = flow.transition(self._scored, trace.x_t, velocity, trace.step)
+        mean, std = flow.transitions_of(
+            lambda x_t, time: (self._velocity(params, encoding, x_t), None), trace, self._scored
+        )
         log_prob = self._score(trace, mean, std)
         return log_prob, jnp.zeros_like(log_prob), self._value(params, encoding)
 
@@ -90,7 +91,8 @@ class TinyPolicy:
 
     def _score(self, trace: flow.FlowTrace, mean: Any, std: Any) -> jax.Array:
         steps, dims = self._chunk
-        return flow.chunk_log_prob(trace.x_next, mean, std, num_steps=steps, num_dims=dims)
+        states = trace.states[:, 1:]
+        return flow.chunk_log_prob(states, mean, std, num_steps=steps, num_dims=dims)[:, 0]
 
 
 def features_of(observation: Observation) -> jax.Array:

@@ -82,6 +82,8 @@ class GroupFactory:
         max_failures: int = 5,
         step_timeout_s: float = TIMEOUT_S,
         name: str = "group",
+        group_size: int = 0,
+        num_starts: int = 1,
     ) -> Made:
         worker = WorkerSpec(
             env="fake_host_env:FakeHostEnv",
@@ -116,6 +118,8 @@ class GroupFactory:
             num_executed=EXECUTED,
             seed=seed,
             recorder=recorder,
+            group_size=group_size,
+            num_starts=num_starts,
         )
         (pool,) = pools
         self._made.append(Made(group=group, pool=pool, recorder=recorder))

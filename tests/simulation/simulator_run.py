@@ -143,6 +143,7 @@ def make(
     clients: Sequence[Any] | None = None,
     overlap: bool = True,
     seed: int = 0,
+    group_size: int = 0,
 ) -> Made:
     recorder = MetricRecorder()
     meter = ActivityMeter("simulation", tracer=Tracer())
@@ -156,6 +157,7 @@ def make(
         overlap_rollout=overlap,
         recorder=recorder,
         meter=meter,
+        group_size=group_size,
     )
     return Made(simulator=simulator, clients=made, recorder=recorder, meter=meter)
 
