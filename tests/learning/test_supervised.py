@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import initial_params, learning_mesh, quick_jit
+from learning.conftest import initial_params, learning_mesh, quick_jit
 from linear_policy import ACTION_DIM, STATE_DIM, LinearPolicy
 
 from jaxvla import rng
