@@ -134,6 +134,6 @@ def test_minibatches_part_the_samples_and_not_the_groups(training) -> None:
     records = [functions.place(make_record(start(made), seed)) for seed in range(P)]
     batch = functions.prepare(state.params, records, VERSION)
     order = functions.draw(jax.random.key(0), batch.weight.shape)
-    parts = [functions._minibatch(batch, order, jnp.int32(index)) for index in range(2)]
+    parts = [functions._microbatch(batch, order, jnp.int32(index)) for index in range(2)]
     joined = np.sort(np.concatenate([np.asarray(x.advantage) for x in parts]))
     np.testing.assert_array_equal(joined, np.sort(np.asarray(batch.advantage).ravel()))
