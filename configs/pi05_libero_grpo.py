@@ -6,8 +6,8 @@ leaves out groups of a success rate outside [0.1, 0.9], which of eight episodes 
 Command:   python -m jaxvla.main --config=configs/pi05_libero_grpo.py
 Hardware:  8 accelerators of 80 GB, 64 LIBERO processes; extras `libero` and `openpi`
 Time:      never run at this size; --dry_run says what a device holds (docs/pi0.md)
-Twin:      --config=configs/pi05_libero_grpo.py:tiny, the same path with a tiny model on the tabletop
-           env, minutes on 2 CPU cores; docs/pi0.md has its figures
+Twin:      --config=configs/pi05_libero_grpo.py:tiny, the same path with a tiny model on the
+           tabletop env, minutes on 2 CPU cores; docs/pi0.md has its figures
 """
 
 import dataclasses
