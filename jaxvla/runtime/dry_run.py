@@ -100,14 +100,17 @@ def _learning_lines(blueprint: Blueprint, params: Params) -> Iterator[str]:
 
 
 def _serving_lines(blueprint: Blueprint, params: Params) -> Iterator[str]:
-    """Weights, in use and being swapped in, and the encodings of the largest batch."""
-    serving = blueprint.config.serving
+    """Weights, those that are being swapped in, and the encodings of the largest batch; for every
+    policy server on the device."""
+    serving, trainable = blueprint.config.serving, blueprint.config.optimizer.trainable
     role = blueprint.layout.roles["serving"]
     mesh = planned_mesh(role.split(serving.num_servers)[0] if serving.split_devices else role)
     placed = params_shardings(params, blueprint.policy.rules(), mesh, "serving")
     rows = serving.buckets[-1]
     kept = _encoding_bytes(blueprint, rows) / mesh.shape["data"]
-    yield f"  parameters      2 x {_mib(params, placed)} per serving device and policy server"
+    swapped = [trained(tree, trainable) for tree in (params, placed)]
+    yield f"  parameters      {_mib(params, placed)} per serving device"
+    yield f"  new parameters  {_mib(*swapped)} per serving device, while they are swapped in"
     yield f"  encodings       {kept / _MIB:.1f} MiB per serving device ({rows} rows)"
 
 
