@@ -23,6 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxvla.models.layers import (
+    DEFAULT_LOOP,
+    LayerLoop,
     Leaf,
     adaptive_rms_norm,
     attention,
@@ -170,7 +172,7 @@ def forward(
     cache: tuple[jax.Array, jax.Array] | None = None,
     condition: jax.Array | None = None,
     lora_scale: float = 1.0,
-    remat: bool = False,
+    loop: LayerLoop = DEFAULT_LOOP,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
     """Runs one expert over its tokens, with a cache on top of the other expert's.
 
@@ -183,7 +185,7 @@ def forward(
       cache: keys after rotation and values, each [L, B, S, K, head_dim].
       condition: [B, D_c] for adaptive norms; None for plain ones.
       lora_scale: s, alpha / rank, see the module; without adapters it has no effect.
-      remat: recompute layers in the backward pass.
+      loop: how the layers are run.
 
     Returns:
       Output after the final norm [B, T, D], and without a cache the keys and values
@@ -193,7 +195,7 @@ def forward(
         _block, positions=positions, mask=mask, condition=condition, lora_scale=lora_scale
     )
     layers = _layers_of(params, expert)
-    x, new_cache = run_layers(block, x, (layers, cache), remat=remat)
+    x, new_cache = run_layers(block, x, (layers, cache), loop)
     out, _ = _norm(params[f"final_norm{expert}"], x, condition)
     return out, new_cache
 

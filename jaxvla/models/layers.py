@@ -20,8 +20,9 @@ import numpy as np
 from jaxvla import rng
 from jaxvla.types import Params
 
-_MAX_UNROLLED = 4
-"""Stacks of at most this many layers are unrolled instead of scanned."""
+_RECOMPUTED = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "layers": None}
+"""Kind of `LayerLoop.remat` -> what is not recomputed, as a policy of jax.checkpoint."""
+REMAT = ("auto", "none", *_RECOMPUTED)
 
 _MASKED_LOGIT = -2.3819763e38
 """Finite, so that a row with every key masked gives a uniform softmax instead of NaN."""
@@ -278,32 +279,51 @@ def time_embedding(
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerLoop:
+    """How a stack of layers is run and differentiated. The numbers are the same, to rounding."""
+
+    max_unrolled: int = 4
+    """Stacks of at most this many layers are unrolled, which saves 20 % of a gradient's time on
+    CPU; longer ones are scanned, which compiles one layer for all."""
+    remat: str = "auto"
+    """What the backward pass recomputes, to keep less: "layers", all but each layer's input;
+    "dots", what is cheap (norms, activation functions, attention weights); "none"; "auto": "none"
+    in an unrolled stack, "dots" in a scan, where stacking cheap things over the layers costs more
+    memory traffic than it saves."""
+
+
+DEFAULT_LOOP = LayerLoop()
+
+
 def run_layers(
-    block: Callable[..., tuple[jax.Array, Any]], x: jax.Array, per_layer: Any, *, remat: bool
+    block: Callable[..., tuple[jax.Array, Any]],
+    x: jax.Array,
+    per_layer: Any,
+    loop: LayerLoop = DEFAULT_LOOP,
 ) -> tuple[jax.Array, Any]:
     """Runs `block(x, leaves of one layer) -> (x, output)` over axis 0 of `per_layer`.
-
-    Short stacks are unrolled, which saves 20 % of a gradient's time on CPU. In a scan the
-    backward pass always recomputes what is cheap (norms, activation functions, attention
-    weights): stacking it over the layers costs more memory traffic than it saves.
 
     Args:
       block: one layer.
       x: [B, N, D].
       per_layer: pytree with leading axis L.
-      remat: recompute whole layers in the backward pass, storing only each layer's input.
+      loop: how.
 
     Returns:
       x after the last layer, and the outputs stacked on axis 0.
     """
     depth = jax.tree.leaves(per_layer)[0].shape[0]
-    if depth > _MAX_UNROLLED:
-        policy = None if remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    is_scanned = depth > loop.max_unrolled
+    remat = ("dots" if is_scanned else "none") if loop.remat == "auto" else loop.remat
+    if remat != "none":
         # A scan keeps the compiler from undoing the recomputation: no barrier needed.
-        return jax.lax.scan(jax.checkpoint(block, policy=policy, prevent_cse=False), x, per_layer)
+        block = jax.checkpoint(block, policy=_RECOMPUTED[remat], prevent_cse=not is_scanned)
+    if is_scanned:
+        return jax.lax.scan(block, x, per_layer)
     outputs = []
     for index in range(depth):
         layer = jax.tree.map(lambda leaf, index=index: leaf[index], per_layer)
-        x, output = (jax.checkpoint(block) if remat else block)(x, layer)
+        x, output = block(x, layer)
         outputs.append(output)
     return x, jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)

@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from jaxvla.models import flow, gemma, grounding, heads, siglip
 from jaxvla.models.base import Normalizer, Prefix, Rules
 from jaxvla.models.layers import (
+    DEFAULT_LOOP,
+    LayerLoop,
     Leaf,
     attention_mask,
     dense,
@@ -222,10 +224,10 @@ class PiPolicy:
             observation.tokens,
             observation.token_mask,
             dtype=jnp.dtype(self.config.dtype),
-            remat=self.config.remat,
+            loop=self.config.loop,
         )
         return run_prefix(
-            params, tokens, mask, lora_scale=self.config.lora_scale, remat=self.config.remat
+            params, tokens, mask, lora_scale=self.config.lora_scale, loop=self.config.loop
         )
 
     def sample(
@@ -302,7 +304,7 @@ class PiPolicy:
         """The action expert's output of the action tokens, float32 [B, H, D]."""
         suffix = embed_suffix(params, self.config, state, x_t, time)
         features = run_suffix(
-            params, prefix, suffix, lora_scale=self.config.lora_scale, remat=self.config.remat
+            params, prefix, suffix, lora_scale=self.config.lora_scale, loop=self.config.loop
         )
         return features[:, -x_t.shape[1] :].astype(jnp.float32)
 
@@ -343,7 +345,7 @@ def embed_prefix(
     token_mask: jax.Array,
     *,
     dtype: jnp.dtype,
-    remat: bool = False,
+    loop: LayerLoop = DEFAULT_LOOP,
 ) -> tuple[jax.Array, jax.Array]:
     """Token vectors of all cameras in order, then of the prompt.
 
@@ -354,14 +356,14 @@ def embed_prefix(
       tokens: int32 [B, N].
       token_mask: bool [B, N].
       dtype: compute dtype.
-      remat: recompute encoder blocks in the backward pass.
+      loop: how the encoder's blocks are run.
 
     Returns:
       [B, S, D] in `dtype` and validity bool [B, S], S = C patches + N.
     """
     batch, cameras = images.shape[:2]
     flat = images.reshape(batch * cameras, *images.shape[2:])
-    encoded = siglip.encode_images(params["PaliGemma"]["img"], flat, dtype=dtype, remat=remat)
+    encoded = siglip.encode_images(params["PaliGemma"]["img"], flat, dtype=dtype, loop=loop)
     num_patches, width = encoded.shape[1:]
     encoded = encoded.reshape(batch, cameras * num_patches, width)
     text = gemma.embed_tokens(params["PaliGemma"]["llm"], tokens, dtype)
@@ -370,7 +372,12 @@ def embed_prefix(
 
 
 def run_prefix(
-    params: Params, tokens: jax.Array, mask: jax.Array, *, lora_scale: float = 1.0, remat: bool
+    params: Params,
+    tokens: jax.Array,
+    mask: jax.Array,
+    *,
+    lora_scale: float = 1.0,
+    loop: LayerLoop = DEFAULT_LOOP,
 ) -> Prefix:
     """Language model over prefix tokens [B, S, D]; all valid ones see each other."""
     block = jnp.zeros(mask.shape[1], jnp.int32)
@@ -381,7 +388,7 @@ def run_prefix(
         positions_of(mask),
         attention_mask(mask, block, mask, block),
         lora_scale=lora_scale,
-        remat=remat,
+        loop=loop,
     )
     assert cache is not None  # forward returns one whenever none was given
     return Prefix(keys=cache[0], values=cache[1], mask=mask, features=features)
@@ -429,7 +436,12 @@ def embed_suffix(
 
 
 def run_suffix(
-    params: Params, prefix: Prefix, suffix: Suffix, *, lora_scale: float = 1.0, remat: bool
+    params: Params,
+    prefix: Prefix,
+    suffix: Suffix,
+    *,
+    lora_scale: float = 1.0,
+    loop: LayerLoop = DEFAULT_LOOP,
 ) -> jax.Array:
     """Action expert on top of the prefix cache: features [B, T, D] in the compute dtype."""
     batch, num_tokens = suffix.tokens.shape[:2]
@@ -446,7 +458,7 @@ def run_suffix(
         cache=(prefix.keys, prefix.values),
         condition=suffix.condition,
         lora_scale=lora_scale,
-        remat=remat,
+        loop=loop,
     )
     return features
 

@@ -8,6 +8,7 @@ from jaxvla.config import ConfigError, ModelConfig, override
 from jaxvla.models import gemma, siglip
 from jaxvla.models.exploration import KINDS, Exploration, PathExploration
 from jaxvla.models.fpo import FpoExploration
+from jaxvla.models.layers import REMAT, LayerLoop
 from jaxvla.models.prompts import encode_prompt
 from jaxvla.models.state_prompts import longest_prompt
 from jaxvla.models.tokenizer import Tokenizer
@@ -20,6 +21,7 @@ _CHOICES = {
     "exploration": (*KINDS, "fpo"),
     "value_input": ("prefix", "suffix"),
     "dtype": ("float32", "bfloat16"),
+    "remat": REMAT,
 }
 
 
@@ -84,8 +86,11 @@ class PiConfig(ModelConfig):
     """Factor of the adapters of attention, alpha / rank, > 0. openpi scales no others."""
     dtype: str = "float32"
     """Compute dtype of the transformers: "float32" or "bfloat16"."""
-    remat: bool = False
-    """Recompute whole layers in the backward pass: least memory, about a third more compute."""
+    remat: str = "auto"
+    """What the backward pass recomputes: "auto", "none", "dots" or "layers" (least memory, about a
+    third more compute), see `jaxvla.models.layers.LayerLoop`."""
+    max_unrolled_layers: int = 4
+    """Stacks of more layers are scanned, which compiles one layer for all."""
     grounding_coef: float = 0.0
     """Weight of the grounding loss in supervised training, see `jaxvla.models.grounding`;
     0: the model has no grounding head."""
@@ -259,6 +264,11 @@ class PiConfig(ModelConfig):
         return self.vlm_width + (self.state_dim if self.state_input == "token" else 0)
 
     @property
+    def loop(self) -> LayerLoop:
+        """How stacks of layers are run."""
+        return LayerLoop(max_unrolled=self.max_unrolled_layers, remat=self.remat)
+
+    @property
     def vision(self) -> siglip.SiglipSize:
         """Sizes of the vision encoder."""
         return siglip.SiglipSize(
@@ -352,7 +362,7 @@ def pi0_config() -> PiConfig:
         action_dim=32,
         time_conditioning="concat",
         dtype="bfloat16",
-        remat=True,
+        remat="layers",
         num_denoise_steps=10,
     )
 

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxvla.models.layers import (
+    DEFAULT_LOOP,
+    LayerLoop,
     Leaf,
     attention,
     dense,
@@ -112,7 +114,7 @@ def _block_leaves(size: SiglipSize) -> dict[str, Leaf]:
 
 
 def encode_images(
-    params: Params, images: jax.Array, *, dtype: jnp.dtype, remat: bool = False
+    params: Params, images: jax.Array, *, dtype: jnp.dtype, loop: LayerLoop = DEFAULT_LOOP
 ) -> jax.Array:
     """Encodes images.
 
@@ -120,7 +122,7 @@ def encode_images(
       params: the `PaliGemma/img` tree.
       images: float32 [B, h, w, 3] in [-1, 1].
       dtype: dtype of the encoder's activations.
-      remat: recompute blocks in the backward pass.
+      loop: how the blocks are run.
 
     Returns:
       [B, patches, out_width] in `dtype`, patches in row-major order.
@@ -130,7 +132,7 @@ def encode_images(
     """
     x = _embed_patches(params, images.astype(jnp.float32)).astype(dtype)
     blocks = params["Transformer"]["encoderblock"]
-    x, _ = run_layers(lambda x, layer: (_block(layer, x), None), x, blocks, remat=remat)
+    x, _ = run_layers(lambda x, layer: (_block(layer, x), None), x, blocks, loop)
     return dense(params["head"], layer_norm(params["Transformer"]["encoder_norm"], x))
 
 

@@ -30,7 +30,7 @@ def velocity(policy: PiPolicy, params: Params, case: Any) -> jax.Array:
     """Velocity at the inputs of a reference case."""
     dtype = jnp.dtype(policy.config.dtype)
     tokens, mask = embed_prefix(params, *case.prefix_inputs(), dtype=dtype)
-    prefix = run_prefix(params, tokens, mask, remat=False)
+    prefix = run_prefix(params, tokens, mask)
     return policy.velocity(params, prefix, case["in/state"], case["in/x_t"], case["in/time"])
 
 

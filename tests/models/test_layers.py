@@ -120,10 +120,10 @@ def test_time_embedding_matches_float64() -> None:
     np.testing.assert_allclose(layers.time_embedding(time, 16), expected, atol=4e-4)
 
 
-@pytest.mark.parametrize("remat", [False, True])
-@pytest.mark.parametrize("is_scanned", [False, True])
-def test_layer_stack_is_a_loop(monkeypatch, quick_jit, is_scanned: bool, remat: bool) -> None:
-    monkeypatch.setattr(layers, "_MAX_UNROLLED", 0 if is_scanned else 4)
+@pytest.mark.parametrize("remat", layers.REMAT)
+@pytest.mark.parametrize("max_unrolled", [1, 4])
+def test_layer_stack_is_a_loop(quick_jit, max_unrolled: int, remat: str) -> None:
+    loop = layers.LayerLoop(max_unrolled=max_unrolled, remat=remat)
     x, weights = random(0, 2, 3, 4), random(1, 3, 4, 4)
 
     def block(x, weight):
@@ -131,7 +131,7 @@ def test_layer_stack_is_a_loop(monkeypatch, quick_jit, is_scanned: bool, remat: 
         return x, x[:, 0]
 
     def run(weights):
-        out, outputs = layers.run_layers(block, x, weights, remat=remat)
+        out, outputs = layers.run_layers(block, x, weights, loop)
         return jnp.sum(out**2) + jnp.sum(outputs**3), outputs
 
     (_, outputs), gradient = quick_jit(jax.value_and_grad(run, has_aux=True))(weights)

@@ -294,7 +294,7 @@ def test_the_suffix_critic_reads_the_scored_steps_at_the_mean_of_the_noise(
     def expected(params, observation):
         prefix, state = noisy.prefix(params, observation), noisy._model_state(observation)
         suffix = embed_suffix(params, noisy.config, state, jnp.zeros((5, 6, 3)), jnp.ones(5))
-        features = run_suffix(params, prefix, suffix, remat=False)
+        features = run_suffix(params, prefix, suffix)
         x = features[:, 1:5].mean(axis=1)  # token 0 is the state, 4 of 6 steps are executed
         for index in range(2):
             layer = params["value_head"][f"Dense_{index}"]

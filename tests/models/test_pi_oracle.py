@@ -21,20 +21,19 @@ def highest_precision():
         yield
 
 
-@pytest.fixture(scope="module", autouse=True)
-def layer_stack(oracle):
-    """One case scans its layers, the other unrolls them."""
-    with pytest.MonkeyPatch.context() as patch:
-        is_scanned = oracle.policy.config.time_conditioning == "concat"
-        patch.setattr(layers, "_MAX_UNROLLED", 0 if is_scanned else 4)
-        yield
+def loop_of(oracle) -> layers.LayerLoop:
+    """One case scans its layers and recomputes them, the other unrolls and keeps them."""
+    is_scanned = oracle.policy.config.time_conditioning == "concat"
+    return layers.LayerLoop(
+        max_unrolled=1 if is_scanned else 4, remat="layers" if is_scanned else "none"
+    )
 
 
 def run_model(policy, params, oracle, sample_steps: tuple[int, ...]) -> dict[str, jax.Array]:
     """Every intermediate result under the oracle's names."""
     dtype = jnp.dtype(policy.config.dtype)
     tokens, mask = embed_prefix(params, *oracle.prefix_inputs(), dtype=dtype)
-    prefix = run_prefix(params, tokens, mask, remat=False)
+    prefix = run_prefix(params, tokens, mask, loop=loop_of(oracle))
     state, noise = oracle["in/state"], jnp.asarray(oracle["in/noise"])
     suffix = embed_suffix(params, policy.config, state, oracle["in/x_t"], oracle["in/time"])
     results = {
@@ -42,7 +41,7 @@ def run_model(policy, params, oracle, sample_steps: tuple[int, ...]) -> dict[str
         "prefix_mask": mask,
         "prefix_out": prefix.features,
         "suffix_tokens": suffix.tokens,
-        "suffix_out": run_suffix(params, prefix, suffix, remat=False),
+        "suffix_out": run_suffix(params, prefix, suffix, loop=loop_of(oracle)),
         "velocity": policy.velocity(params, prefix, state, oracle["in/x_t"], oracle["in/time"]),
     }
     if suffix.condition is not None:
@@ -63,7 +62,7 @@ def mean_loss(params, policy, oracle) -> tuple[jax.Array, jax.Array]:
     tokens, mask = embed_prefix(params, *oracle.prefix_inputs(), dtype=jnp.dtype("float32"))
     loss = policy.flow_matching_loss(
         params,
-        run_prefix(params, tokens, mask, remat=policy.config.remat),
+        run_prefix(params, tokens, mask, loop=policy.config.loop),
         oracle["in/state"],
         oracle["in/actions"],
         oracle["out/loss_noise"],
@@ -140,8 +139,8 @@ def test_suffix_blocks_and_joint_attention_mask(oracle) -> None:
 
 @pytest.fixture(scope="module")
 def loss_and_gradient(oracle, quick_jit):
-    # One case stores activations, the other recomputes them: both must give the gradient.
-    policy = oracle.variant(remat=oracle.policy.config.time_conditioning == "adarms")
+    loop = loop_of(oracle)
+    policy = oracle.variant(remat=loop.remat, max_unrolled_layers=loop.max_unrolled)
     run = jax.value_and_grad(lambda params: mean_loss(params, policy, oracle), has_aux=True)
     (_, loss), gradient = quick_jit(run)(oracle.params)
     return loss, oracle.flatten(gradient)
