@@ -10,7 +10,8 @@ import orbax.checkpoint as ocp
 
 from jaxvla.layout import parse_layout
 from jaxvla.models.openpi_tree import make_target
-from jaxvla.models.pi import PiPolicy, embed_prefix, run_prefix
+from jaxvla.models.pi import PiPolicy
+from jaxvla.models.pi_network import embed_prefix, run_prefix
 from jaxvla.sharding import make_mesh, params_shardings
 from jaxvla.types import Params
 

@@ -12,8 +12,9 @@ import pytest
 from jaxvla.config import ConfigError
 from jaxvla.data.normalization import FieldStats, NormStats
 from jaxvla.models.base import Prefix
-from jaxvla.models.pi import PiConfig, PiPolicy, embed_suffix, run_suffix
+from jaxvla.models.pi import PiConfig, PiPolicy
 from jaxvla.models.pi_config import pi0_config, pi05_config, tiny_config
+from jaxvla.models.pi_network import embed_suffix, run_suffix
 from jaxvla.models.tokenizer import ByteTokenizer
 from jaxvla.types import SupervisedBatch
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxvla.models import flow, layers, siglip
-from jaxvla.models.pi import embed_prefix, embed_suffix, run_prefix, run_suffix
+from jaxvla.models.pi_network import embed_prefix, embed_suffix, run_prefix, run_suffix
 
 
 @pytest.fixture(scope="module", autouse=True)
