@@ -53,7 +53,8 @@ class GRPOConfig(AlgorithmConfig):
     gets smaller. How many there are is the metric "train/uniform_group_fraction"."""
     aggregation: str = "sample"
     """What counts alike in the loss: "sample", every chunk (DAPO), or "episode", every episode,
-    however many chunks it has (Shao et al. 2024)."""
+    however many chunks it has (Shao et al. 2024). Alike within a minibatch: each one is divided
+    by the weights that it drew itself."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)

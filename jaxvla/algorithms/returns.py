@@ -5,6 +5,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+SAME_RETURN = 1e-6
+"""Returns that differ by less, relative to the largest one of their group, are alike: the order
+in which rewards are added up moves a float32 sum by that much."""
+
 
 def next_values(
     value: Float[Array, "T B"],
@@ -166,13 +170,15 @@ def group_advantages(
     # From the lowest up: the mean of what lies far from 0 is off by rounding, and where all are
     # equal nothing but rounding would be divided by itself.
     gain = jnp.where(known, value - lowest, 0.0)
+    largest = jnp.where(known, jnp.abs(value), 0.0).max(axis=1, keepdims=True)
+    differs = gain.max(axis=1, keepdims=True) > SAME_RETURN * largest
     count = jnp.maximum(known.sum(axis=1, keepdims=True), 1)
     mean = gain.sum(axis=1, keepdims=True) / count
-    advantage = jnp.where(known, gain - mean, 0.0)
+    advantage = jnp.where(known & differs, gain - mean, 0.0)
     if epsilon is not None:
         spread = jnp.sqrt(jnp.square(advantage).sum(axis=1, keepdims=True) / count)
         advantage /= spread + epsilon
-    is_uniform = jnp.broadcast_to(~(gain > 0.0).any(axis=1, keepdims=True), known.shape)
+    is_uniform = jnp.broadcast_to(~differs, known.shape)
     return advantage.reshape(return_.shape), is_uniform.reshape(return_.shape)
 
 

@@ -43,17 +43,32 @@ def state_shardings(state: TrainState, rules: sharding.LogicalRules, mesh: Mesh)
 
 
 def apply_gradients(
-    state: TrainState, grads: Params, grad_norm: jax.Array, optimizer: optax.GradientTransformation
+    state: TrainState,
+    grads: Params,
+    grad_norm: jax.Array,
+    optimizer: optax.GradientTransformation,
+    *,
+    weight: jax.Array | float = 1.0,
 ) -> TrainState:
-    """One optimizer step, or none when the gradient is not finite.
+    """One optimizer step, or none when the gradient is not finite or of no sample.
 
-    A skipped step leaves parameters and optimizer state bitwise as they were.
+    A step that is not taken leaves parameters and optimizer state bitwise as they were: momentum
+    and weight decay would move them without a gradient. Only one that is not finite counts as
+    skipped.
+
+    Args:
+      state: before the step.
+      grads: of its parameters.
+      grad_norm: float32 [], of the trainable ones.
+      optimizer: as for `init_state`.
+      weight: float32 [], total of the samples that the gradient is of.
     """
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params: Any = optax.apply_updates(state.params, updates)
     stepped = dataclasses.replace(
         state, params=params, opt_state=opt_state, num_steps=state.num_steps + 1
     )
-    skipped = dataclasses.replace(state, num_skipped=state.num_skipped + 1)
     is_finite = jnp.isfinite(grad_norm)
-    return jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), stepped, skipped)
+    is_taken = is_finite & (jnp.asarray(weight) > 0.0)
+    kept = dataclasses.replace(state, num_skipped=state.num_skipped + ~is_finite)
+    return jax.tree.map(lambda new, old: jnp.where(is_taken, new, old), stepped, kept)

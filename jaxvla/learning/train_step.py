@@ -215,7 +215,7 @@ class TrainFunctions:
             return self._apply_sum(state, self._accumulated(state.params, batch, order, index))
         minibatch = self._microbatch(batch, order, index)
         grads, metrics = jax.grad(self._loss, has_aux=True)(state.params, minibatch)
-        state, norm = self._apply(state, grads)
+        state, norm = self._apply(state, grads, minibatch.weight.sum())
         return state, metrics | {"grad_norm": norm}
 
     def _accumulated(
@@ -236,9 +236,11 @@ class TrainFunctions:
         )
         return jax.lax.scan(add, empty, jnp.arange(count))[0]
 
-    def _apply(self, state: TrainState, grads: Params) -> tuple[TrainState, jax.Array]:
+    def _apply(
+        self, state: TrainState, grads: Params, weight: jax.Array | float = 1.0
+    ) -> tuple[TrainState, jax.Array]:
         norm = trained_norm(grads, self._trainable)
-        return apply_gradients(state, grads, norm, self._optimizer), norm
+        return apply_gradients(state, grads, norm, self._optimizer, weight=weight), norm
 
     def _gradient(
         self, params: Params, batch: TrainingBatch, moments: Moments | None
@@ -260,7 +262,8 @@ class TrainFunctions:
     def _apply_sum(self, state: TrainState, total: GradientSum) -> tuple[TrainState, Metrics]:
         """One optimizer step on the mean over all samples, as if they had come in one batch."""
         grads, metrics = gradients.means(total)
-        state, norm = self._apply(state, untrained_as_zeros(grads, state.params))
+        grads = untrained_as_zeros(grads, state.params)
+        state, norm = self._apply(state, grads, total.weight)
         return state, metrics | {"grad_norm": norm}
 
     def _supervised_step(

@@ -67,8 +67,8 @@ class Exploration(Protocol):
     """Samples chunks and scores them."""
 
     @property
-    def num_summed(self) -> int:
-        """Transitions whose log-probs are added up: rounding errors add up with them."""
+    def error_scale(self) -> float:
+        """Rounding error of a log-prob, in units of that of one transition of Flow-SDE."""
         ...
 
     def sample(
@@ -127,8 +127,8 @@ class PathExploration:
         self._scored = {"num_steps": log_prob_steps, "num_dims": log_prob_dims}
 
     @property
-    def num_summed(self) -> int:
-        """See `Exploration.num_summed`."""
+    def error_scale(self) -> float:
+        """See `Exploration.error_scale`: errors add up like the transitions."""
         return 1 if self._kind.is_averaged else self._num_random
 
     def sample(

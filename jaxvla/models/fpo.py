@@ -8,7 +8,8 @@ in the place of the log of PPO's ratio:
 
 A "log-prob" here is what makes that the difference of two log-probs: -L_behavior of the weights
 that acted, and -L_behavior + clip(L_behavior - L, -3, 3) of others. It is no density: sums and
-exponentials of it mean nothing, and its scale is that of the loss, a mean over the chunk. Only
+exponentials of it mean nothing, and its scale is that of the loss, a mean over the executed part of
+the chunk: what is padding, or never reaches the env, would dilute it. Only
 differences count. Between two weights inside the clip a difference is the fall of the loss from
 one to the other, so corrections for stale samples see L_behavior - L_proximal as log p / b.
 
@@ -45,15 +46,19 @@ class FpoTrace:
 class FpoExploration:
     """Implements `jaxvla.models.exploration.Exploration`."""
 
-    num_summed = 1
+    error_scale = 0.04
+    """A mean of squares of about 2, instead of a sum of squares in units of the exploration."""
 
-    def __init__(self, *, num_steps: int, num_draws: int):
+    def __init__(self, *, num_steps: int, num_draws: int, loss_steps: int, loss_dims: int):
         """Args:
         num_steps: denoise steps K.
         num_draws: draws N of (noise, flow time) per chunk.
+        loss_steps: control steps of a chunk that the loss is a mean over, the first ones.
+        loss_dims: action dimensions that it is a mean over.
         """
         self._ode = flow.ode_transitions(num_steps)
         self._num_draws = num_draws
+        self._part = loss_steps, loss_dims
 
     def sample(
         self,
@@ -74,13 +79,13 @@ class FpoExploration:
         problems, times = self._draw(loss_keys, shape)
         loss = jnp.zeros(keys.shape, jnp.float32)
         if explore:
-            loss = mean_loss(predict, chunk, problems, times)
+            loss = mean_loss(predict, chunk, problems, times, self._part)
         return chunk, FpoTrace(chunk=chunk, noise=problems, time=times, loss=loss), -loss
 
     def evaluate(self, predict: flow.PredictFn, trace: FpoTrace) -> tuple[jax.Array, jax.Array]:
         """What stands for the log-prob, see the module, and 0 for the entropy: one pass of the
         model per draw."""
-        fall = trace.loss - mean_loss(predict, trace.chunk, trace.noise, trace.time)
+        fall = trace.loss - mean_loss(predict, trace.chunk, trace.noise, trace.time, self._part)
         log_prob = -trace.loss + jnp.clip(fall, -MAX_LOG_RATIO, MAX_LOG_RATIO)
         return log_prob, jnp.zeros_like(log_prob)
 
@@ -97,9 +102,13 @@ class FpoExploration:
 
 
 def mean_loss(
-    predict: flow.PredictFn, chunk: jax.Array, noise: jax.Array, time: jax.Array
+    predict: flow.PredictFn,
+    chunk: jax.Array,
+    noise: jax.Array,
+    time: jax.Array,
+    part: tuple[int, int],
 ) -> jax.Array:
-    """Flow-matching loss float32 [B], a mean over the N draws and the whole chunk.
+    """Flow-matching loss float32 [B], a mean over the N draws and part of the chunk.
 
     One pass of the model per draw, one after another, as in `flow.transitions_of`.
 
@@ -108,12 +117,14 @@ def mean_loss(
       chunk: float32 [B, H, A].
       noise: float32 [B, N, H, A].
       time: float32 [B, N].
+      part: the first steps and the first dimensions that count.
     """
+    steps, dims = part
 
     def add(total: jax.Array, draw: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         x_t, target = flow.interpolate(chunk, *draw)
         velocity, _ = predict(x_t, draw[1])
-        return total + jnp.square(velocity - target).mean((1, 2)), None
+        return total + jnp.square(velocity - target)[:, :steps, :dims].mean((1, 2)), None
 
     draws = jnp.swapaxes(noise, 0, 1), time.T
     total, _ = jax.lax.scan(add, jnp.zeros(chunk.shape[:1], jnp.float32), draws)

@@ -76,7 +76,7 @@ class PiPolicy:
         """See `Policy.log_prob_tolerance`. A chunk's log-prob is a sum over tens of squares in
         units of the exploration noise, which amplifies the rounding of the velocity."""
         of_transition = 1e-3 if self.config.dtype == "float32" else 0.5
-        return of_transition * self._exploration.num_summed
+        return of_transition * self._exploration.error_scale
 
     def leaves(self) -> dict[str, Leaf]:
         """Declaration of every parameter by '/'-joined path."""

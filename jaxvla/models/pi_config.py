@@ -297,7 +297,12 @@ class PiConfig(ModelConfig):
     def make_exploration(self) -> Exploration:
         """What `exploration` names."""
         if self.exploration == "fpo":
-            return FpoExploration(num_steps=self.num_denoise_steps, num_draws=self.fpo_draws)
+            return FpoExploration(
+                num_steps=self.num_denoise_steps,
+                num_draws=self.fpo_draws,
+                loss_steps=self.log_prob_steps,
+                loss_dims=self.log_prob_dims,
+            )
         return PathExploration(
             KINDS[self.exploration],
             num_steps=self.num_denoise_steps,

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxvla.algorithms.returns import SAME_RETURN
 from jaxvla.types import ChunkResult, Observation, PolicySample, Trajectory
 
 
@@ -187,7 +188,9 @@ class SegmentAssembler:
         returns = results.reward.sum(axis=0)
         highest = np.where(has_return, returns, -np.inf).reshape(-1, group_size).max(axis=1)
         lowest = np.where(has_return, returns, np.inf).reshape(-1, group_size).min(axis=1)
-        return highest <= lowest
+        largest = np.where(has_return, np.abs(returns), 0.0).reshape(-1, group_size).max(axis=1)
+        with np.errstate(invalid="ignore"):  # inf - inf of groups without a return
+            return ~(highest - lowest > SAME_RETURN * largest)
 
     def counts(self) -> SegmentCounts:
         """What the segment cost and what went wrong in it."""

@@ -121,7 +121,9 @@ def run_chunk(
     final = _observe_if(env, table, env_states, truncated.any()) if observe_final else None
     reached = Worlds(env=env_states, episode_return=episode_return)
     if restarts:
-        worlds = _where(terminated | truncated | invalid, draw_worlds(env, keys), reached)
+        # Also where an episode was over before its first step.
+        ended = env_states.terminated | env_states.truncated | invalid
+        worlds = _where(ended, draw_worlds(env, keys), reached)
     else:
         stopped = dataclasses.replace(before, truncated=jnp.ones_like(before.truncated))
         worlds = _where(invalid, Worlds(env=stopped, episode_return=episode_return), reached)

@@ -47,6 +47,17 @@ def test_a_step_changes_every_parameter_and_counts() -> None:
     assert (int(after.num_steps), int(after.num_skipped)) == (1, 0)
 
 
+def test_a_gradient_of_no_sample_moves_nothing() -> None:
+    state, optimizer = fresh()
+    state = step(state, gradients(1), optimizer)  # moments, and a weight decay, that would
+    nothing = jax.tree.map(jnp.zeros_like, state.params)
+    norm = trained_norm(nothing, ".*")
+    after = apply_gradients(state, nothing, norm, optimizer, weight=jnp.zeros(()))
+    assert_same_bits(after, state)
+    moved = apply_gradients(state, nothing, norm, optimizer, weight=jnp.ones(()))
+    assert int(moved.num_steps) == 2
+
+
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
 @pytest.mark.parametrize("leaf", ["torso", "value_head"])
 def test_a_gradient_that_is_not_finite_is_skipped(bad: float, leaf: str) -> None:

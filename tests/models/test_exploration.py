@@ -28,7 +28,7 @@ CHAINS = [name for name, kind in KINDS.items() if kind.is_chain]
 
 def make(name: str, *, num_steps: int = K, executed: int = EXECUTED, dims: int = DIMS) -> Any:
     if name == "fpo":
-        return FpoExploration(num_steps=num_steps, num_draws=4)
+        return FpoExploration(num_steps=num_steps, num_draws=4, loss_steps=executed, loss_dims=dims)
     return PathExploration(
         KINDS[name],
         num_steps=num_steps,

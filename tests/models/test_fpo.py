@@ -12,6 +12,7 @@ from jaxvla.models import flow
 from jaxvla.models.fpo import MAX_LOG_RATIO, FpoExploration, FpoTrace, mean_loss
 
 B, N, H, A = 5, 3, 4, 2
+STEPS, DIMS = H - 1, A - 1
 
 
 def predictor(mean: Any) -> flow.PredictFn:
@@ -29,7 +30,7 @@ def make_trace(loss: Any = 0.0) -> FpoTrace:
 
 
 def reference_loss(trace: FpoTrace, mean: float) -> np.ndarray:
-    """Mean of (v - (n - a))^2 over draws, control steps and dimensions, float64 [B]."""
+    """Mean of (v - (n - a))^2 over draws, and the first steps and dimensions, float64 [B]."""
     losses = []
     for row in range(B):
         of_row = []
@@ -37,13 +38,13 @@ def reference_loss(trace: FpoTrace, mean: float) -> np.ndarray:
             n, t = np.float64(trace.noise[row, draw]), float(trace.time[row, draw])
             a = np.float64(trace.chunk[row])
             v = np.tanh(t * n + (1.0 - t) * a - mean) + t
-            of_row.append(np.mean((v - (n - a)) ** 2))
+            of_row.append(np.mean(((v - (n - a)) ** 2)[:STEPS, :DIMS]))
         losses.append(np.mean(of_row))
     return np.array(losses)
 
 
 def evaluate(trace: FpoTrace, mean: Any) -> jax.Array:
-    exploration = FpoExploration(num_steps=4, num_draws=N)
+    exploration = FpoExploration(num_steps=4, num_draws=N, loss_steps=STEPS, loss_dims=DIMS)
     log_prob, entropy = exploration.evaluate(predictor(mean), trace)
     np.testing.assert_array_equal(jax.lax.stop_gradient(entropy), 0.0)
     return log_prob
@@ -51,7 +52,7 @@ def evaluate(trace: FpoTrace, mean: Any) -> jax.Array:
 
 def test_mean_loss_equals_float64() -> None:
     trace = make_trace()
-    actual = mean_loss(predictor(0.3), trace.chunk, trace.noise, trace.time)
+    actual = mean_loss(predictor(0.3), trace.chunk, trace.noise, trace.time, (STEPS, DIMS))
     np.testing.assert_allclose(actual, reference_loss(trace, 0.3), rtol=1e-5)
 
 
@@ -79,7 +80,7 @@ def test_the_log_ratio_is_bounded_and_has_no_slope_outside(sign: float) -> None:
 
 
 def test_samples_carry_their_loss_and_draws_of_their_own(quick_jit) -> None:
-    exploration = FpoExploration(num_steps=4, num_draws=8)
+    exploration = FpoExploration(num_steps=4, num_draws=8, loss_steps=H, loss_dims=A)
     keys = jax.random.split(jax.random.key(0), 500)
 
     def run(keys: jax.Array) -> Any:
