@@ -40,7 +40,6 @@ def full() -> c.ExperimentConfig:
         ),
         model=dataclasses.replace(
             pi0_config(),
-            normalization="zscore",
             delta_dims=6,
             max_tokens=-1,  # padding changes nothing
             tokenizer="paligemma",

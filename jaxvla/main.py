@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
             command=shlex.join(["python", "-m", "jaxvla.main", *argv[1:]]),
             with_judge=bool(options["judge"].value),
             export_dir=_path(options["export_dir"].value),
-            asset_id=str(options["asset_id"].value),
+            asset_id=options["asset_id"].value,
             record_schedule=_path(options["record_schedule"].value),
             replay_schedule=_path(options["replay_schedule"].value),
         )
@@ -120,8 +120,8 @@ def _define_flags() -> flags.FlagValues:
     )
     flags.DEFINE_string(
         "asset_id",
-        "physical-intelligence/libero",
-        "Data set whose statistics are exported, as openpi's configs name it.",
+        None,
+        "Data set whose statistics are exported; default physical-intelligence/libero.",
         flag_values=values,
     )
     flags.DEFINE_bool("resume", True, "Continue a used work directory.", flag_values=values)

@@ -40,6 +40,8 @@ class FieldStats:
         if (self.q01 is None) != (self.q99 is None):
             raise ValueError("q01 and q99 come together, one is missing")
         given = [array for array in (self.mean, self.std, self.q01, self.q99) if array is not None]
+        if not all(np.isfinite(array).all() for array in given) or (self.std < 0.0).any():
+            raise ValueError("statistics must be finite, and std not negative")
         if {array.shape for array in given} != {(len(self.mean),)}:
             raise ValueError(
                 f"statistics must be vectors of one length: {[array.shape for array in given]}"
@@ -284,7 +286,7 @@ def load_norm_stats(path: pathlib.Path, kind: str) -> NormStats:
     try:
         fields = json.loads(path.read_text())["norm_stats"]
         state, actions = (_field_from_json(fields[name]) for name in ("state", "actions"))
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} is no norm_stats.json: {error!r}") from error
     return NormStats(state=state, actions=actions, kind=kind)
 

@@ -180,7 +180,7 @@ def save_checkpoint(
     """
     directory = directory.expanduser().resolve()
     tree = {name: branch for name, branch in params.items() if name not in HEADS}
-    _require_writable(directory, tree, asset_id)
+    require_writable(directory, tree, asset_id)
     unfinished = directory.with_name(f".{directory.name}.unfinished-{uuid.uuid4().hex[:8]}")
     try:
         assets = unfinished / "assets" / asset_id
@@ -193,7 +193,16 @@ def save_checkpoint(
         raise
 
 
-def _require_writable(directory: pathlib.Path, tree: Params, asset_id: str) -> None:
+def require_writable(directory: pathlib.Path, tree: Params, asset_id: str) -> None:
+    """What `save_checkpoint` refuses, before any parameter is read.
+
+    Args:
+      directory, asset_id: as there.
+      tree: parameters, or anything of their structure.
+
+    Raises:
+      UsageError: see `save_checkpoint`.
+    """
     if directory.exists():
         raise UsageError(f"{directory} exists and is not overwritten. Fix: another directory")
     if "PaliGemma" not in tree:

@@ -366,6 +366,7 @@ def pi0_config() -> PiConfig:
         state_dim=32,
         action_dim=32,
         time_conditioning="concat",
+        normalization="zscore",
         dtype="bfloat16",
         remat="layers",
         num_denoise_steps=10,
@@ -373,11 +374,13 @@ def pi0_config() -> PiConfig:
 
 
 def pi05_config() -> PiConfig:
-    """openpi's pi0.5: pi0 with adaRMS time conditioning and no state token; 3.4 B parameters."""
+    """openpi's pi0.5: pi0 with adaRMS time conditioning and the state in the prompt, not as a
+    token; 3.4 B parameters."""
     return dataclasses.replace(
         pi0_config(),
         time_conditioning="adarms",
-        state_input="none",
+        state_input="prompt",
+        normalization="quantile",
         max_tokens=200,
         value_widths=(1024, 512, 256),
     )

@@ -25,23 +25,28 @@ EVALUATED = PARAMS
 groups of the run, and so may have others."""
 
 
-def evaluated_target(parts: Parts) -> Any:
-    """What a checkpoint must hold to be evaluated: the parameters, placed as they are served."""
+def evaluated_target(parts: Parts, placed: Any = None) -> Any:
+    """What a checkpoint must hold to be evaluated: the parameters, placed as they are served.
+
+    Args:
+      parts: of the run.
+      placed: tree of shardings; None: those of the first policy server.
+    """
     params = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         parts.blueprint.params_struct(),
-        parts.sampler.params_shardings,
+        placed or parts.sampler.params_shardings,
     )
     return {"state": {"params": params}}
 
 
-def restore_evaluated(parts: Parts, workdir: pathlib.Path) -> Restored | None:
+def restore_evaluated(parts: Parts, workdir: pathlib.Path, placed: Any = None) -> Restored | None:
     """The newest sound parameters of a work directory, None when it has no checkpoint.
 
     Raises:
       CheckpointMismatchError, CorruptCheckpointError: see `Checkpointer.restore`.
     """
-    target = evaluated_target(parts)["state"]["params"]
+    target = evaluated_target(parts, placed)["state"]["params"]
     return restore_params(parts.blueprint.checkpointer(workdir), target)
 
 
@@ -55,19 +60,26 @@ class StoredPolicy:
     """Learner updates, or steps of fine-tuning, that made them; 0: the initial weights."""
 
 
-def stored_policy(parts: Parts, workdir: pathlib.Path) -> StoredPolicy | None:
+def stored_policy(parts: Parts, workdir: pathlib.Path, placed: Any = None) -> StoredPolicy | None:
     """The newest sound checkpoint of a work directory; where it has none, `model.initial_weights`;
     None without either.
+
+    Args:
+      parts: of the run.
+      workdir: of the run.
+      placed: tree of shardings; None: those of the first policy server.
 
     Raises:
       CheckpointMismatchError, CorruptCheckpointError: see `Checkpointer.restore`.
     """
-    restored = restore_evaluated(parts, workdir)
+    restored = restore_evaluated(parts, workdir, placed)
     if restored is not None:
         return StoredPolicy(params=restored.arrays["state"]["params"], update=restored.step)
     if not parts.config.model.initial_weights:
         return None
-    return StoredPolicy(params=parts.initial_params(parts.sampler.params_shardings), update=0)
+    return StoredPolicy(
+        params=parts.initial_params(placed or parts.sampler.params_shardings), update=0
+    )
 
 
 def draw_judge(blueprint: Blueprint, workdir: pathlib.Path) -> Blueprint:

@@ -5,8 +5,7 @@ import pathlib
 import jax
 
 from jaxvla.config import UsageError
-from jaxvla.models.openpi_format import save_checkpoint
-from jaxvla.models.pi import PiPolicy
+from jaxvla.models.openpi_format import require_writable, save_checkpoint
 from jaxvla.runtime.build import Blueprint, Parts
 from jaxvla.runtime.evaluate import stored_policy
 from jaxvla.telemetry.progress import Screen
@@ -14,21 +13,12 @@ from jaxvla.telemetry.progress import Screen
 EXIT_FINISHED = 0
 
 
-def check_export(blueprint: Blueprint, directory: pathlib.Path) -> None:
-    """Refuses what cannot be exported.
-
-    Raises:
-      UsageError: the directory exists, or openpi has no such model.
-    """
-    if directory.exists():
-        raise UsageError(
-            f"--export_dir={directory}: exists and is not overwritten. Fix: --export_dir=NEW_DIR"
-        )
-    if not isinstance(blueprint.policy, PiPolicy):
-        name = blueprint.config.model.name
-        raise UsageError(
-            f"config.model.name = {name!r}: openpi has no such model. Fix: a model of the family pi"
-        )
+def check_export(blueprint: Blueprint, directory: pathlib.Path, asset_id: str) -> None:
+    """Refuses what cannot be exported, see `require_writable`."""
+    try:
+        require_writable(directory, blueprint.params_struct(), asset_id)
+    except UsageError as error:
+        raise UsageError(f"--job=export: {error}") from error
 
 
 def export(

@@ -62,7 +62,7 @@ def run(
     command: str,
     with_judge: bool = False,
     export_dir: pathlib.Path | None = None,
-    asset_id: str = "",
+    asset_id: str | None = None,
     record_schedule: pathlib.Path | None = None,
     replay_schedule: pathlib.Path | None = None,
 ) -> int:
@@ -77,7 +77,7 @@ def run(
       command: the command line that was given, for "next" lines.
       with_judge: evaluate in the env's judge too.
       export_dir: where to export to, see `jaxvla.runtime.export`.
-      asset_id: of the exported statistics.
+      asset_id: of the exported statistics; None: that of openpi's LIBERO data.
       record_schedule: new file to write the schedule of the run to.
       replay_schedule: file of the schedule to follow.
 
@@ -98,6 +98,9 @@ def run(
     _check_schedules(record_schedule, replay_schedule, job, workdir)
     if with_judge and job != "evaluate":
         raise UsageError(f"--judge: job {job!r} has no judge. Fix: --job=evaluate")
+    if (export_dir or asset_id) and job != "export":
+        raise UsageError(f"--export_dir, --asset_id: job {job!r} has none. Fix: --job=export")
+    asset_id = asset_id or "physical-intelligence/libero"
     replay = ScheduleReplay(replay_schedule) if replay_schedule else None
     num_devices = _num_devices()  # before the env is made, which may put arrays on a device
     if not is_dry_run:
@@ -121,16 +124,17 @@ def run(
             sys.stdout.write(line + "\n")
         return EXIT_FINISHED
     _check_checkpoint(blueprint, workdir, job)
+    export_dir = (export_dir or workdir / "openpi").expanduser()
     if job == "export":
-        export_dir = export_dir or workdir / "openpi"
-        check_export(blueprint, export_dir)
-        with Screen(sys.stdout, num_updates=0) as screen:
-            return export(blueprint, workdir, export_dir, asset_id, screen)
+        check_export(blueprint, export_dir, asset_id)
     if not (workdir / CHECKPOINTS).is_dir():
         check_initial_weights(blueprint.policy, blueprint.config.model, blueprint.identity)
     _configure_jax(config)
     schedule = replay or _recorder(record_schedule, blueprint)
     try:
+        if job == "export":
+            with Screen(sys.stdout, num_updates=0) as screen:
+                return export(blueprint, workdir, export_dir, asset_id, screen)
         with contextlib.closing(schedule):
             return _run(blueprint, job, workdir, command, schedule, judge)
     except CorruptCheckpointError as error:
@@ -282,20 +286,34 @@ def _check_checkpoint(blueprint: Blueprint, workdir: pathlib.Path, job: str) -> 
     parts = Parts(blueprint)
 
     def target(record: dict[str, Any]) -> Any:
+        if "segments" not in record:
+            raise _of_another_job(workdir, "finetune")
         groups = Groups(parts, log_dir=workdir / "logs", recorder=MetricRecorder())
         training = parts.training(blueprint.config.optimizer)
         return {"state": training.target(), "groups": groups.targets(record["segments"])}
+
+    def supervised_target(record: dict[str, Any]) -> Any:
+        if "segments" in record:
+            raise _of_another_job(workdir, "train")
+        return checkpoint_target(blueprint)
 
     checkpointer = blueprint.checkpointer(workdir)
     try:
         if job in _READERS:
             checkpointer.check(lambda _: evaluated_target(parts), within=EVALUATED)
         elif job == "finetune":
-            checkpointer.check(lambda _: checkpoint_target(blueprint))
+            checkpointer.check(supervised_target)
         else:
             checkpointer.check(target)
     finally:
         checkpointer.close()
+
+
+def _of_another_job(workdir: pathlib.Path, job: str) -> UsageError:
+    return UsageError(
+        f"--workdir={workdir}: is one of --job={job}. Fix: --workdir=NEW_DIR "
+        f"{override('model.initial_weights', workdir)}"
+    )
 
 
 def _configure_jax(config: ExperimentConfig) -> None:

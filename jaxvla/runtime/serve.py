@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from jaxvla import sharding
 from jaxvla.config import ConfigError, ExperimentConfig, UsageError, WebsocketConfig, override
 from jaxvla.endpoint import batch_sizes, read_token
 from jaxvla.runtime.build import Blueprint, Parts
@@ -77,11 +78,12 @@ def serve_policy(
     reader = _make_reader(blueprint)
     with contextlib.closing(_bind(settings)) as listener:
         parts = Parts(blueprint)
-        weights = stored_policy(parts, workdir)
+        placed = _placement(parts)
+        weights = stored_policy(parts, workdir, placed)
         if weights is None:
             screen.message(f"{workdir} holds no complete checkpoint")
             return EXIT_FAILED
-        sampler = _make_sampler(parts)
+        sampler = _make_sampler(parts, placed)
         with screen.phase("compile"):
             sampler.compile(blueprint.params_struct(), blueprint.observation_struct(1))
         recorder, start_s = MetricRecorder(), time.monotonic()
@@ -190,13 +192,21 @@ def _programs(
         server.close()
 
 
-def _make_sampler(parts: Parts) -> Sampler:
+def _placement(parts: Parts) -> Params:
+    """On all serving devices, however many policy servers share them in training."""
+    blueprint = parts.blueprint
+    return sharding.params_shardings(
+        blueprint.params_struct(), blueprint.policy.rules(), parts.meshes["serving"], "serving"
+    )
+
+
+def _make_sampler(parts: Parts, placed: Params) -> Sampler:
     """On all serving devices, for the batch sizes of the websocket and for acting alone."""
     mesh = parts.meshes["serving"]
     return Sampler(
         parts.blueprint.policy,
         mesh=mesh,
-        params_shardings=parts.sampler.params_shardings,
+        params_shardings=placed,
         buckets=batch_sizes(parts.config.websocket, mesh.shape["data"]),
         kinds=(KIND,),
     )
@@ -230,11 +240,13 @@ def _bind(settings: WebsocketConfig) -> socket.socket:
         return open_listener(settings)
     except OSError as error:
         is_of_port = error.errno in (errno.EADDRINUSE, errno.EACCES)
-        name, fix = ("port", 0) if is_of_port else ("host", "127.0.0.1")
-        value = getattr(settings, name)
-        allowed = f"cannot listen on {settings.host} port {settings.port}: {error.strerror}"
-        full = f"websocket.{name}"
-        raise ConfigError(full, value, allowed, override(full, fix)) from error
+        reason = error.strerror
+    except UnicodeError as error:
+        is_of_port, reason = False, str(error)
+    name, fix = ("port", 0) if is_of_port else ("host", "127.0.0.1")
+    allowed = f"cannot listen on {settings.host} port {settings.port}: {reason}"
+    full = f"websocket.{name}"
+    raise ConfigError(full, getattr(settings, name), allowed, override(full, fix))
 
 
 def _ready_line(

@@ -99,6 +99,8 @@ def test_statistics_are_cut_to_the_env(exported: tuple[pathlib.Path, Params]) ->
         ({"norm_stats": "org/other"}, r"has no norm_stats\.json for it.*org/robot"),
         ({"norm_stats": "small.json"}, r"statistics of state have 1 dimensions, the env has"),
         ({"norm_stats": "broken.json"}, r"is no norm_stats\.json"),
+        ({"norm_stats": "list.json"}, r"is no norm_stats\.json"),
+        ({"norm_stats": "nan.json"}, r"must be finite"),
     ],
 )
 def test_bad_statistics_are_refused(
@@ -111,6 +113,10 @@ def test_bad_statistics_are_refused(
     monkeypatch.chdir(tmp_path)
     save_norm_stats(_stats(1, 7), pathlib.Path("small.json"))
     pathlib.Path("broken.json").write_text("{}")
+    pathlib.Path("list.json").write_text('{"norm_stats": {"state": [1]}}')
+    bad = json.loads(pathlib.Path("small.json").read_text())
+    bad["norm_stats"]["state"]["mean"] = [float("nan")]
+    pathlib.Path("nan.json").write_text(json.dumps(bad))
     if model["norm_stats"] == "org/other":
         model = {**model, "initial_weights": str(exported[0])}
     with pytest.raises(ConfigError, match=rf"config\.model\.norm_stats = .*{message}"):
@@ -270,3 +276,23 @@ def test_export_gives_back_what_a_run_began_with(
     assert stats["norm_stats"]["state"]["mean"] == blueprint.stats.state.mean.tolist()
     assert main.main([*command, f"--export_dir={out}"]) == 2
     assert "exists and is not overwritten" in capsys.readouterr().err
+    assert main.main([*command, f"--export_dir={tmp_path / 'new'}", "--asset_id=../x"]) == 2
+    assert "must be a relative path" in capsys.readouterr().err
+
+
+def test_flags_of_the_export_are_refused_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["jaxvla", f"--config={_DEBUG}", "--dry_run", "--asset_id=x"]) == 2
+    assert "Fix: --job=export" in capsys.readouterr().err
+
+
+def test_training_does_not_go_on_in_the_directory_of_another_job(
+    exported: tuple[pathlib.Path, Params],
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Their checkpoints hold other things; what both have is the policy."""
+    _save_workdir(_draw(), tmp_path, exported[1])
+    assert main.main(["jaxvla", f"--config={_DEBUG}", f"--workdir={tmp_path}"]) == 2
+    error = capsys.readouterr().err
+    assert "is one of --job=finetune. Fix: --workdir=NEW_DIR --config.model.initial" in error
+    assert not (tmp_path / "config.json").exists()
