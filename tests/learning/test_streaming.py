@@ -100,7 +100,7 @@ recorded = st.fixed_dictionaries(
 )
 
 
-@pytest.mark.parametrize("standardize", [False, True])
+@pytest.mark.parametrize("standardize", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("kind", CORRECTIONS)
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 2**16), what=st.lists(recorded, min_size=P, max_size=P))

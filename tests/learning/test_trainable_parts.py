@@ -146,7 +146,9 @@ PARTS: dict[str, tuple[str, Callable[[str], bool]]] = {
 }
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize(
+    "part", [pytest.param(x, marks=() if x == "lora" else pytest.mark.slow) for x in PARTS]
+)
 def test_exactly_what_is_trainable_moves(
     training, policy: PiPolicy, trajectory: Trajectory, part: str
 ) -> None:
@@ -175,6 +177,7 @@ def test_adapters_alone_learn_by_reinforcement(
     assert metrics[-1]["ratio/max"] > 1.05
 
 
+@pytest.mark.slow
 def test_adapters_alone_learn_to_imitate(training, policy: PiPolicy) -> None:
     made = training(policy, trainable=LORA, **SETTINGS)
     state, losses = made.fresh_state(), []

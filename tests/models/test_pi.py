@@ -247,6 +247,7 @@ def noisy(spec):
     )
 
 
+@pytest.mark.slow
 def test_learned_noise_and_suffix_critic_learn_from_a_fresh_start(
     noisy, observation, quick_jit
 ) -> None:

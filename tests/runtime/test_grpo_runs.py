@@ -63,6 +63,7 @@ def test_a_run_does_what_it_says(uninterrupted: Run) -> None:
     assert any(first[name] != last[name] for name in params)
 
 
+@pytest.mark.slow
 def test_early_ends_compile_nothing_late(tmp_path: pathlib.Path) -> None:
     """Asynchronous, streaming; trajectories need one to three chunks."""
     late: list[str] = []
@@ -93,6 +94,7 @@ def test_early_ends_compile_nothing_late(tmp_path: pathlib.Path) -> None:
     assert all(x["queue/staleness/max"] <= x["queue/staleness/bound"] for x in run.records())
 
 
+@pytest.mark.slow
 def test_lockstep_groups_end_apart_and_the_run_goes_on(tmp_path: pathlib.Path) -> None:
     """A lane that is done must not hold the server's batch back for the other one."""
     simulation = c.SimulationConfig(num_groups=2, envs_per_group=2, group_size=2, segment_length=3)

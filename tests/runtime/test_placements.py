@@ -44,7 +44,7 @@ def on_one_device(tmp_path_factory: pytest.TempPathFactory) -> Run:
     [
         ("colocated=8:data2,fsdp2,tensor2", "colocated"),
         ("simulation=2 serving=2 learning=4:data2,fsdp2", "disaggregated"),
-        ("simulation+serving=4 learning=4:fsdp4", "hybrid"),
+        pytest.param("simulation+serving=4 learning=4:fsdp4", "hybrid", marks=pytest.mark.slow),
         ("simulation=1@0 serving=4@0:tensor2 learning=4@2:fsdp2", "hybrid"),
     ],
 )
