@@ -21,8 +21,9 @@ from jaxvla.models.prompts import (
 from jaxvla.models.tokenizer import Tokenizer
 from jaxvla.types import stand_in
 
-_NUM_CHECKS = 64
-"""Random states per instruction on which the joined prompt is compared with the tokenizer's."""
+_NUM_CHECKS = NUM_STATE_BINS + 1
+"""States per instruction on which the joined prompt is compared with the tokenizer's: every number
+comes once in every dimension."""
 
 
 @flax.struct.dataclass(kw_only=True)
@@ -87,7 +88,7 @@ def longest_prompt(tokenizer: Tokenizer, instructions: Sequence[str], state_dim:
 def make_state_text(
     tokenizer: Tokenizer, instructions: Sequence[str], *, offset: np.ndarray, scale: np.ndarray
 ) -> StateText:
-    """The table for a tokenizer, compared with the tokenizer's own prompts of random states.
+    """The table for a tokenizer, compared with the tokenizer's own prompts.
 
     Args:
       tokenizer: text to ids.
@@ -132,7 +133,7 @@ def _number_ids(tokenizer: Tokenizer) -> tuple[list[list[int]], list[int]]:
 
 
 def _require_equal(tokenizer: Tokenizer, instructions: Sequence[str], text: StateText) -> None:
-    random = np.random.default_rng(0)
+    random, every = np.random.default_rng(0), np.arange(-1, NUM_STATE_BINS)
     size = longest_prompt(tokenizer, instructions, len(text.offset))
     for instruction in instructions:
         head = head_ids(tokenizer, instruction)
@@ -140,7 +141,7 @@ def _require_equal(tokenizer: Tokenizer, instructions: Sequence[str], text: Stat
         tokens[:, : len(head)] = head
         mask = np.broadcast_to(np.arange(size) < len(head), tokens.shape)
         # float32 values around the middles of bins, for which no rounding decides.
-        bins = random.integers(-1, NUM_STATE_BINS, (_NUM_CHECKS, len(text.offset)))
+        bins = random.permuted(np.tile(every[:, None], len(text.offset)), axis=0)
         normalized = (bins + 0.5) * 2.0 / NUM_STATE_BINS - 1.0
         state = (normalized * text.scale + text.offset).astype(np.float32)
         joined, holds = text.append(tokens, mask, state)

@@ -36,7 +36,7 @@ from jaxvla.learning.train_state import TrainState, init_state, state_shardings
 from jaxvla.learning.train_step import TrainFunctions
 from jaxvla.models import MODELS
 from jaxvla.models.prompts import encode_prompt, pad_prompt, tokenize_prompt
-from jaxvla.models.state_prompts import head_ids, make_state_text
+from jaxvla.models.state_prompts import StateText, head_ids, make_state_text
 from jaxvla.models.tokenizer import Tokenizer
 from jaxvla.runtime.pretrained import (
     CHECKPOINTS,
@@ -204,22 +204,31 @@ def make_table(
       stats: that the policy normalises with.
 
     Raises:
-      ValueError: the tokenizer cannot tell states.
+      ConfigError: the tokenizer cannot tell states.
     """
-    tells_state = model.tells_state()
-    if tells_state:
+    state_text = None
+    if model.tells_state():
+        state_text = _make_state_text(instructions, tokenizer, stats)
         ids = [head_ids(tokenizer, text) for text in instructions]
     else:
         ids = [encode_prompt(tokenizer, text) for text in instructions]
     prompts = [pad_prompt(x, model.max_tokens, pad_id=tokenizer.pad_id) for x in ids]
-    offset, scale = stats.state_affine()
     return TokenTable(
         tokens=stand_in(np.stack([ids for ids, _ in prompts])),
         mask=stand_in(np.stack([mask for _, mask in prompts])),
-        state_text=make_state_text(tokenizer, instructions, offset=offset, scale=scale)
-        if tells_state
-        else None,
+        state_text=state_text,
     )
+
+
+def _make_state_text(
+    instructions: Sequence[str], tokenizer: Tokenizer, stats: NormStats
+) -> StateText:
+    offset, scale = stats.state_affine()
+    try:
+        return make_state_text(tokenizer, instructions, offset=offset, scale=scale)
+    except ValueError as error:
+        fix = override("model.state_input", "none")
+        raise ConfigError("model.state_input", "prompt", str(error), fix) from error
 
 
 def _require_frozen_encoder(blueprint: Blueprint) -> None:
