@@ -10,7 +10,9 @@ import numpy as np
 from jaxvla.config import ConfigError, DatasetConfig, override, to_dict
 from jaxvla.data import DATASETS
 from jaxvla.data.episodes import EpisodeDataset, EpisodeSamples, Prompt, select_cameras
+from jaxvla.data.normalization import NormStats
 from jaxvla.data.recorded import RecordedEpisode, RecordedEpisodes, read_key, write_episodes
+from jaxvla.data.statistics import compute_norm_stats
 from jaxvla.envs.base import device_scenes
 from jaxvla.models.prompts import encode_prompt
 from jaxvla.models.state_prompts import longest_prompt
@@ -86,6 +88,34 @@ def make_samples(blueprint: Blueprint, dataset: EpisodeDataset) -> EpisodeSample
         action_horizon=config.model.action_horizon,
         prompt=_make_prompt(blueprint, dataset),
     )
+
+
+def has_checkpoint(blueprint: Blueprint, workdir: pathlib.Path) -> bool:
+    """Whether a run of the work directory has written a complete checkpoint. Writes nothing."""
+    checkpointer = blueprint.checkpointer(workdir)
+    try:
+        return bool(checkpointer.steps())
+    finally:
+        checkpointer.close()
+
+
+def statistics_of(blueprint: Blueprint, dataset: EpisodeDataset) -> NormStats:
+    """What the data set's states and actions are to be normalised by.
+
+    Raises:
+      ConfigError: the kind of normalisation does not fit the data.
+    """
+    model = blueprint.config.model
+    try:
+        return compute_norm_stats(
+            dataset,
+            model.normalization,
+            delta_dims=getattr(model, "delta_dims", 0),  # a setting of the pi family
+            action_horizon=model.action_horizon,
+        )
+    except ValueError as error:
+        fix = f"{override('model.normalization', 'zscore')}, or other data"
+        raise ConfigError("model.normalization", model.normalization, str(error), fix) from error
 
 
 def recording(config: DatasetConfig, workdir: pathlib.Path) -> pathlib.Path:

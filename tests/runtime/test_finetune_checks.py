@@ -3,10 +3,12 @@
 import copy
 import dataclasses
 import functools
+import io
 import pathlib
 import shutil
 import sys
-from typing import Any
+import threading
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -15,10 +17,13 @@ from jaxvla import main
 from jaxvla.config import ConfigError, ExperimentConfig, OptimizerConfig
 from jaxvla.data.normalization import FieldStats, NormStats, save_norm_stats
 from jaxvla.data.recorded import RecordedEpisode, write_episodes
+from jaxvla.data.transforms import to_delta
 from jaxvla.models.prompts import encode_state_prompt
+from jaxvla.runtime import finetune
 from jaxvla.runtime.build import Blueprint, draw_blueprint
 from jaxvla.runtime.finetune_data import _key, make_samples, open_data, record_expert, recording
 from jaxvla.runtime.finetune_training import check_finetune
+from jaxvla.telemetry.progress import Screen
 from jaxvla.validation import validate
 
 DEBUG = pathlib.Path(__file__).parents[2] / "configs" / "debug.py"
@@ -88,10 +93,6 @@ def on(data: pathlib.Path, **settings: Any) -> dict[str, Any]:
         (
             {"finetune__optimizer": OptimizerConfig(trainable="nothing")},
             r"finetune\.optimizer\.trainable = 'nothing': matches no parameter",
-        ),
-        (
-            {"finetune__compute_norm_stats": True, "model__norm_stats": "bounds"},
-            r"finetune\.compute_norm_stats = True: model\.norm_stats = 'bounds' says",
         ),
         (
             {"finetune__dataset__kind": "tapes"},
@@ -231,3 +232,79 @@ def test_the_statistics_of_the_work_directory_count(tmp_path: pathlib.Path) -> N
     found = blueprint_of(tmp_path, finetune__compute_norm_stats=True)
     assert found.stats.fingerprint == stats.fingerprint
     assert blueprint_of(tmp_path).identity["norm_stats"] == stats.fingerprint
+
+
+class Drawn:
+    """Stands where the run would begin, and keeps the blueprint."""
+
+    def __init__(self, blueprint: Blueprint, samples: Any, **others: Any):
+        self.last.append(blueprint)
+
+    last: ClassVar[list[Blueprint]] = []
+
+    def run(self) -> int:
+        return 0
+
+
+def start(
+    blueprint: Blueprint, workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> Blueprint:
+    """What `finetune` would run in a work directory; norm_stats.json lies there then."""
+    monkeypatch.setattr(finetune, "Finetuning", Drawn)
+    code = finetune.finetune(
+        blueprint,
+        workdir=workdir,
+        screen=Screen(io.StringIO(), num_updates=1),
+        stop_requested=threading.Event(),
+        command="",
+        write_config=lambda x: save_norm_stats(x.stats, workdir / "norm_stats.json"),
+    )
+    assert code == 0
+    return Drawn.last.pop()
+
+
+def test_statistics_without_a_checkpoint_are_computed_anew(
+    data: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that ended before they were computed left the env's bounds."""
+    bounds = blueprint_of(**on(data)).stats
+    save_norm_stats(bounds, tmp_path / "norm_stats.json")
+    settings = on(data, finetune__compute_norm_stats=True)
+    started = start(blueprint_of(tmp_path, **settings), tmp_path, monkeypatch)
+    states = np.concatenate([make_episode(i).state for i in range(4)])
+    actions = np.concatenate([make_episode(i).actions[:6] for i in range(4)])
+    np.testing.assert_allclose(started.stats.state.mean, states.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(started.stats.actions.mean, actions.mean(0), rtol=1e-5, atol=1e-6)
+    assert blueprint_of(tmp_path).identity == started.identity
+    # A checkpoint means what its statistics say: now they stay.
+    save_norm_stats(bounds, tmp_path / "norm_stats.json")
+    checkpointer = blueprint_of(tmp_path).checkpointer(tmp_path)
+    checkpointer.save(0, {"x": np.ones(1)}, {})
+    checkpointer.close()
+    again = start(blueprint_of(tmp_path, **settings), tmp_path, monkeypatch)
+    assert again.stats.fingerprint == bounds.fingerprint
+
+
+def test_relative_actions_have_statistics_of_their_own(
+    data: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = on(data, finetune__compute_norm_stats=True, model__delta_dims=3)
+    blueprint = blueprint_of(tmp_path, **settings)
+    started = start(blueprint, tmp_path, monkeypatch)
+    samples = make_samples(blueprint, open_data(blueprint, tmp_path))
+    batch = samples.read(np.arange(samples.num_samples))
+    learned = to_delta(np.asarray(batch.actions), np.asarray(batch.observation.state), (True,) * 3)
+    mean = learned.mean(axis=(0, 1), dtype=np.float64)
+    np.testing.assert_allclose(started.stats.actions.mean, mean, rtol=1e-5, atol=1e-6)
+
+
+def test_named_statistics_stand_in_until_some_are_computed(
+    data: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = on(data, finetune__compute_norm_stats=True, model__norm_stats="bounds")
+    blueprint = blueprint_of(tmp_path, **settings)
+    check_finetune(blueprint, tmp_path)
+    started = start(blueprint, tmp_path, monkeypatch)
+    assert started.stats.fingerprint != blueprint.stats.fingerprint
+    # The same command line, for another job or to go on.
+    assert blueprint_of(tmp_path, **settings).identity == started.identity
