@@ -88,6 +88,7 @@ class EpisodeSamples:
         image_size: int,
         action_horizon: int,
         prompt: Prompt,
+        with_masks: bool = True,
     ):
         """Args:
         dataset: where to read.
@@ -95,12 +96,14 @@ class EpisodeSamples:
         image_size: pixels of the square images that the policy reads.
         action_horizon: steps H of a chunk.
         prompt: see `Prompt`.
+        with_masks: whether masks of the named objects are wanted, where there are any.
         """
         self._dataset = dataset
         self._cameras = tuple(cameras)
         self._image_size = image_size
         self._steps = np.arange(action_horizon)
         self._prompt = prompt
+        self._with_masks = with_masks
         self._ends = np.cumsum(np.asarray(dataset.num_steps, np.int64))
         self.num_samples = int(self._ends[-1])
 
@@ -151,11 +154,14 @@ class EpisodeSamples:
     def _target_mask(self, frame: Frame) -> jax.Array | None:
         """bool [C, h, w]; masks are not resized: their edges would not be those of the images."""
         mask = frame.target_mask
-        if mask is None:
+        if mask is None or not self._with_masks:
             return None
         shape = (len(self._cameras), self._image_size, self._image_size)
         if mask.shape != shape:
-            raise ValueError(f"masks of the named objects are {mask.shape}, the policy's {shape}")
+            raise ValueError(
+                f"masks of the named objects are {mask.shape}, the policy's {shape}; "
+                "model.grounding_coef = 0 leaves them out"
+            )
         return stand_in(mask)
 
 

@@ -91,13 +91,10 @@ class LeRobotDataset:
         images = [
             self._image(episode, row, float(columns.timestamp[row]), name) for name in cameras
         ]
-        task = int(columns.task_index[row])
-        if task not in self._tasks:
-            raise ValueError(f"{self._root}: episode {episode} has task {task}, which has no text")
         return Frame(
             images=tuple(x[::-1, ::-1] if self._rotate else x for x in images),
             state=columns.state[row],
-            instruction=self._tasks[task],
+            instruction=self._tasks[int(columns.task_index[row])],
         )
 
     def close(self) -> None:
@@ -127,6 +124,9 @@ class LeRobotDataset:
             for name, size in sizes:
                 if found[name].shape[1:] != (size,):
                     raise ValueError(f"{path}: {name} is {found[name].shape}, not [n, {size}]")
+            unknown = set(found["task_index"].ravel().tolist()) - set(self._tasks)
+            if unknown:
+                raise ValueError(f"{path}: task {min(unknown)} has no text in meta/")
             self._files[path] = _Columns(
                 state=found[self._state_key].astype(np.float32),
                 action=found[self._action_key].astype(np.float32),

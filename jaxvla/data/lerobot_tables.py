@@ -55,10 +55,17 @@ def read_info(root: pathlib.Path) -> dict[str, Any]:
 
 
 def read_tasks(root: pathlib.Path, info: dict[str, Any]) -> dict[int, str]:
-    """task_index -> instruction."""
+    """task_index -> instruction.
+
+    Raises:
+      ValueError: the file is missing or damaged.
+    """
     meta = root / "meta"
     if _VERSIONS[info["codebase_version"]] == 2:
-        return {int(x["task_index"]): str(x["task"]) for x in _json_lines(meta / "tasks.jsonl")}
+        try:
+            return {int(x["task_index"]): str(x["task"]) for x in _json_lines(meta / "tasks.jsonl")}
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{meta / 'tasks.jsonl'}: a task lacks {error}") from error
     table = _read_table(meta / "tasks.parquet")
     # pandas wrote it with the sentences as index: their column is the one that is no number.
     texts = [name for name in table.column_names if name != "task_index"]

@@ -18,6 +18,9 @@ the scene). In files written with "opencv" the top row is first: those are mirro
 Frames and actions are paired by their index, as LIBERO's own training does. In the distributed
 files frame t shows the world after action t, not before it; files that were recorded anew, as
 OpenVLA's and openpi's were, have frame t before action t.
+
+States and actions of an episode are kept in memory once they were read: a read of HDF5 costs more
+than a whole chunk of them.
 """
 
 import json
@@ -53,14 +56,15 @@ class LiberoHdf5:
             raise ValueError(f"{config.path} holds no demonstrations")
         self.num_steps = [_check(group) for group, _, _ in self._episodes]
         self.instructions = tuple(dict.fromkeys(text for _, text, _ in self._episodes))
+        self._vectors: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def states(self, episode: int) -> np.ndarray:
         """See `EpisodeDataset.states`."""
-        return self._state(episode, slice(None))
+        return self._read(episode)[0]
 
     def actions(self, episode: int) -> np.ndarray:
         """See `EpisodeDataset.actions`."""
-        return np.asarray(self._episodes[episode][0]["actions"], np.float32)
+        return self._read(episode)[1]
 
     def frame(self, episode: int, step: int, cameras: Sequence[str]) -> Frame:
         """See `EpisodeDataset.frame`."""
@@ -68,7 +72,7 @@ class LiberoHdf5:
         images = [np.asarray(group["obs"][name][step]) for name in cameras]
         return Frame(
             images=tuple(x[:, ::-1] if is_upright else x[::-1, ::-1] for x in images),
-            state=self._state(episode, step),
+            state=self.states(episode)[step],
             instruction=text,
         )
 
@@ -77,10 +81,15 @@ class LiberoHdf5:
         for file in self._files:
             file.close()
 
-    def _state(self, episode: int, steps: int | slice) -> np.ndarray:
-        seen = self._episodes[episode][0]["obs"]
-        parts = [seen[name][steps] for name in (*_pose_names(seen), "gripper_states")]
-        return np.concatenate(parts, axis=-1).astype(np.float32)
+    def _read(self, episode: int) -> tuple[np.ndarray, np.ndarray]:
+        """States float32 [T, S] and actions float32 [T, A], from memory but for the first time."""
+        if episode not in self._vectors:
+            group = self._episodes[episode][0]
+            seen = group["obs"]
+            parts = [seen[name][:] for name in (*_pose_names(seen), "gripper_states")]
+            states = np.concatenate(parts, axis=-1).astype(np.float32)
+            self._vectors[episode] = states, np.asarray(group["actions"], np.float32)
+        return self._vectors[episode]
 
 
 def _open(path: pathlib.Path) -> Any:
@@ -127,7 +136,10 @@ def _instruction(file: Any) -> str:
     info = file["data"].attrs.get("problem_info")
     if info is not None:
         # A string or a list of characters; some sentences have quotation marks around them.
-        return "".join(json.loads(info)["language_instruction"]).strip('" ')
+        try:
+            return "".join(json.loads(info)["language_instruction"]).strip('" ')
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file.filename}: problem_info has no instruction") from error
     name = pathlib.Path(file.filename).stem.removesuffix("_demo")
     return re.sub(r"^[A-Z][A-Z0-9_]*SCENE\d+_", "", name).replace("_", " ")
 
@@ -147,7 +159,7 @@ def _check(group: Any) -> int:
             arrays[name] = (seen[name], sizes[name])
         for name in _CAMERAS:
             arrays[name] = (seen[name], (*seen[name].shape[1:3], 3))
-    except KeyError as error:
+    except (KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{where} is incomplete: {error}") from error
     for name, (array, shape) in arrays.items():
         if array.shape != (num_steps, *shape):

@@ -10,8 +10,10 @@
                        target_mask.npy  bool [T, C, h, w], in every episode or in none: pixels
                                         of what the instruction names
 
-`dataset.json` is written last: a directory without it is not complete. Arrays are memory-mapped,
-so that a sample reads its own frame only. "key" says what was recorded, see `write_episodes`.
+`dataset.json` is written last: a directory without it is not complete. While episodes are written
+`.dataset.json.partial` lies in its place and says that what is there is ours to replace. Arrays
+are memory-mapped, so that a sample reads its own frame only. "key" says what was recorded, see
+`write_episodes`.
 """
 
 import json
@@ -29,6 +31,7 @@ from jaxvla.data.episodes import Frame
 
 _FORMAT, _VERSION = "jaxvla-episodes", 1
 _INDEX = "dataset.json"
+_PARTIAL = f".{_INDEX}.partial"
 _MAX_MAPPED = 1024
 """Arrays that stay mapped; opening one takes longer than reading a frame of it."""
 
@@ -60,11 +63,15 @@ def write_episodes(
       key: what a later run must ask for to be given these episodes, see `read_key`.
 
     Raises:
-      ValueError: the directory holds a complete data set, or there are no episodes.
+      ValueError: the directory holds a complete data set or other files, or there are no
+        episodes.
     """
     if (directory / _INDEX).exists():
         raise ValueError(f"{directory} holds a data set already")
+    require_free(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    partial = directory / _PARTIAL
+    partial.touch()
     entries = []
     for number, episode in enumerate(episodes):
         _write_episode(_folder(directory, number), episode)
@@ -72,12 +79,22 @@ def write_episodes(
     if not entries:
         raise ValueError(f"{directory}: there are no episodes to write")
     index = {"format": _FORMAT, "version": _VERSION, "cameras": list(cameras), "key": key}
-    partial = directory / f".{_INDEX}.partial"
     with partial.open("w", encoding="utf-8") as file:
         json.dump(index | {"episodes": entries}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(directory / _INDEX)
+
+
+def require_free(directory: pathlib.Path) -> None:
+    """Raises ValueError unless there is nothing, an empty directory, or a recording that was
+    interrupted."""
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        raise ValueError(f"{directory} is no directory")
+    if not (directory / _PARTIAL).exists() and any(directory.iterdir()):
+        raise ValueError(f"{directory} holds files that are no recorded episodes")
 
 
 def read_key(directory: pathlib.Path) -> str | None:
@@ -188,4 +205,16 @@ def _read_index(directory: pathlib.Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no index of recorded episodes: {error!r}") from error
     if not known or not complete:
         raise ValueError(f"{path} is not of format {_FORMAT}, version {_VERSION}")
+    _check_entries(path, index)
     return index
+
+
+def _check_entries(path: pathlib.Path, index: dict[str, Any]) -> None:
+    """Raises ValueError when what the index says has another form."""
+    names, entries = index["cameras"], index["episodes"]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path}: cameras = {names!r} are no list of names")
+    for number, entry in enumerate(entries if isinstance(entries, list) else [entries]):
+        steps = entry.get("num_steps") if isinstance(entry, dict) else None
+        if not isinstance(steps, int) or not isinstance(entry.get("instruction"), str):
+            raise ValueError(f"{path}: episode {number} lacks its instruction or num_steps")

@@ -40,6 +40,7 @@ from jaxvla.models.state_prompts import StateText, head_ids, make_state_text
 from jaxvla.models.tokenizer import Tokenizer
 from jaxvla.runtime.pretrained import (
     CHECKPOINTS,
+    STATS_FILE,
     find_stats,
     find_tokenizer,
     load_initial_weights,
@@ -178,7 +179,7 @@ def draw_blueprint(config: ExperimentConfig, workdir: pathlib.Path | None = None
     )
     spec = env.spec
     config = resolve_segments(config, spec.max_episode_steps)
-    stats = find_stats(config.model, spec, workdir)
+    stats = find_stats(_stats_model(config, workdir), spec, workdir)
     blueprint = Blueprint(
         config=config,
         env=env,
@@ -190,6 +191,15 @@ def draw_blueprint(config: ExperimentConfig, workdir: pathlib.Path | None = None
     )
     _require_frozen_encoder(blueprint)
     return blueprint
+
+
+def _stats_model(config: ExperimentConfig, workdir: pathlib.Path | None) -> ModelConfig:
+    """The model's config, which names no statistics once some were computed for the work directory:
+    named ones only stand in until then, so that every later job finds the computed ones."""
+    computed = config.finetune.compute_norm_stats and workdir is not None
+    if computed and (workdir / STATS_FILE).is_file():
+        return dataclasses.replace(config.model, norm_stats="")
+    return config.model
 
 
 def make_table(

@@ -28,13 +28,19 @@ from jaxvla.data.demonstrations import ShuffledOrder
 from jaxvla.data.episodes import EpisodeDataset, EpisodeSamples
 from jaxvla.data.normalization import save_norm_stats
 from jaxvla.data.prefetch import Prefetcher
-from jaxvla.data.statistics import compute_norm_stats
 from jaxvla.evaluation.evaluator import Evaluator
 from jaxvla.learning.learner import NonFiniteError
 from jaxvla.learning.supervised import supervised_steps
 from jaxvla.learning.train_state import TrainState
 from jaxvla.runtime.build import Blueprint, Parts, draw_blueprint
-from jaxvla.runtime.finetune_data import StoppedError, make_samples, open_data, record_expert
+from jaxvla.runtime.finetune_data import (
+    StoppedError,
+    has_checkpoint,
+    make_samples,
+    open_data,
+    record_expert,
+    statistics_of,
+)
 from jaxvla.runtime.finetune_training import (
     SupervisedTraining,
     batch_struct,
@@ -85,10 +91,9 @@ def finetune(
             return EXIT_STOPPED
     dataset = open_data(blueprint, workdir)
     try:
-        if config.compute_norm_stats and not (workdir / STATS_FILE).is_file():
+        if config.compute_norm_stats and not has_checkpoint(blueprint, workdir):
             with screen.phase("statistics of states and actions"):
-                _save_statistics(dataset, blueprint.config.model.normalization, workdir)
-            blueprint = draw_blueprint(blueprint.config, workdir)
+                blueprint = with_computed_statistics(blueprint, dataset, workdir)
         write_config(blueprint)
         return Finetuning(
             blueprint,
@@ -102,11 +107,21 @@ def finetune(
         dataset.close()
 
 
-def _save_statistics(dataset: EpisodeDataset, kind: str, workdir: pathlib.Path) -> None:
-    """Writes norm_stats.json, whole or not at all."""
+def with_computed_statistics(
+    blueprint: Blueprint, dataset: EpisodeDataset, workdir: pathlib.Path
+) -> Blueprint:
+    """Writes norm_stats.json, whole or not at all, and draws the blueprint that goes by it.
+
+    What lies there without a checkpoint is replaced: a run that ended early may have left what
+    stood in for the statistics.
+
+    Raises:
+      ConfigError: the data cannot be normalised so.
+    """
     partial = workdir / f".{STATS_FILE}.partial"
-    save_norm_stats(compute_norm_stats(dataset, kind), partial)
+    save_norm_stats(statistics_of(blueprint, dataset), partial)
     partial.replace(workdir / STATS_FILE)
+    return draw_blueprint(blueprint.config, workdir)
 
 
 def checkpoint_target(blueprint: Blueprint) -> dict[str, Any]:
@@ -391,7 +406,5 @@ class Finetuning:
 
     def _next_command(self, outcome: str) -> str:
         """Evaluates what is finished, continues the rest."""
-        job = "--job=finetune"
-        return (
-            self._command.replace(job, "--job=evaluate") if outcome == "finished" else self._command
-        )
+        # The last flag of a kind counts, however the first one was written.
+        return f"{self._command} --job=evaluate" if outcome == "finished" else self._command

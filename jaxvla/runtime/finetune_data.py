@@ -1,5 +1,7 @@
 """The data of a supervised run: checked before anything is written, recorded if need be."""
 
+import contextlib
+import dataclasses
 import json
 import pathlib
 from collections.abc import Callable, Iterator
@@ -10,7 +12,15 @@ import numpy as np
 from jaxvla.config import ConfigError, DatasetConfig, override, to_dict
 from jaxvla.data import DATASETS
 from jaxvla.data.episodes import EpisodeDataset, EpisodeSamples, Prompt, select_cameras
-from jaxvla.data.recorded import RecordedEpisode, RecordedEpisodes, read_key, write_episodes
+from jaxvla.data.normalization import NormStats
+from jaxvla.data.recorded import (
+    RecordedEpisode,
+    RecordedEpisodes,
+    read_key,
+    require_free,
+    write_episodes,
+)
+from jaxvla.data.statistics import compute_norm_stats
 from jaxvla.envs.base import device_scenes
 from jaxvla.models.prompts import encode_prompt
 from jaxvla.models.state_prompts import longest_prompt
@@ -29,24 +39,42 @@ class StoppedError(Exception):
 
 
 def check_data(blueprint: Blueprint, workdir: pathlib.Path) -> None:
-    """Opens what is there, and closes it again. Writes nothing.
+    """Opens what is there, reads all states and actions and one sample, and closes it again. Writes
+    nothing.
 
     Raises:
       ConfigError: the data cannot be read, or do not fit the env or the model.
     """
-    config = blueprint.config.finetune.dataset
-    _check_settings(config)
-    if config.kind == EXPERT:
-        if not device_scenes(blueprint.env):
-            raise ConfigError(
-                "finetune.dataset.kind",
-                EXPERT,
-                f"env {blueprint.config.env.name!r} has no scripted expert",
-                override("finetune.dataset.kind", "recorded"),
-            )
-        if not _is_recorded(blueprint, workdir):
-            return
-    open_data(blueprint, workdir).close()
+    config = blueprint.config.finetune
+    _check_settings(config.dataset)
+    if config.dataset.kind == EXPERT and not device_scenes(blueprint.env):
+        raise ConfigError(
+            "finetune.dataset.kind",
+            EXPERT,
+            f"env {blueprint.config.env.name!r} has no scripted expert",
+            override("finetune.dataset.kind", "recorded"),
+        )
+    if must_record(blueprint, workdir):
+        return
+    dataset = open_data(blueprint, workdir)
+    try:
+        with _readable(config.dataset):
+            _check_vectors(dataset)
+            make_samples(blueprint, dataset).read(np.zeros(1, np.int64))
+        if config.compute_norm_stats and not has_checkpoint(blueprint, workdir):
+            statistics_of(blueprint, dataset)
+    finally:
+        dataset.close()
+
+
+def must_record(blueprint: Blueprint, workdir: pathlib.Path) -> bool:
+    """Whether the expert's episodes are wanted and not there yet.
+
+    Raises:
+      ConfigError: something else is there.
+    """
+    is_expert = blueprint.config.finetune.dataset.kind == EXPERT
+    return is_expert and not _is_recorded(blueprint, workdir)
 
 
 def open_data(blueprint: Blueprint, workdir: pathlib.Path) -> EpisodeDataset:
@@ -56,17 +84,16 @@ def open_data(blueprint: Blueprint, workdir: pathlib.Path) -> EpisodeDataset:
       ConfigError: it cannot be read, or does not fit the env or the model.
     """
     config = blueprint.config.finetune.dataset
-    try:
-        if config.kind == EXPERT:
-            dataset: Any = RecordedEpisodes(
-                DatasetConfig(path=str(recording(config, workdir)), cameras=config.cameras)
-            )
-        else:
-            dataset = DATASETS.get(config.kind)(config)
-    except ValueError as error:
-        name, value = ("path", config.path) if config.kind in DATASETS else ("kind", config.kind)
-        fix = override(f"finetune.dataset.{name}", name.upper())
-        raise ConfigError(f"finetune.dataset.{name}", value, str(error), fix) from error
+    factory: Any = RecordedEpisodes
+    if config.kind == EXPERT:
+        path = recording(config, workdir)
+        found = DatasetConfig(path=str(path), cameras=config.cameras)
+    else:
+        factory = _find_format(config)
+        path = pathlib.Path(config.path).expanduser()
+        found = dataclasses.replace(config, path=str(path))
+    with _readable(config):
+        dataset = factory(found)
     try:
         _check_sizes(blueprint, dataset)
         _check_prompts(blueprint, dataset)
@@ -85,12 +112,42 @@ def make_samples(blueprint: Blueprint, dataset: EpisodeDataset) -> EpisodeSample
         image_size=spec.image_size,
         action_horizon=config.model.action_horizon,
         prompt=_make_prompt(blueprint, dataset),
+        # 0 is the pi family's way to say so; what another model wants is not known.
+        with_masks=getattr(config.model, "grounding_coef", 1.0) > 0.0,
     )
+
+
+def has_checkpoint(blueprint: Blueprint, workdir: pathlib.Path) -> bool:
+    """Whether a run of the work directory has written a complete checkpoint. Writes nothing."""
+    checkpointer = blueprint.checkpointer(workdir)
+    try:
+        return bool(checkpointer.steps())
+    finally:
+        checkpointer.close()
+
+
+def statistics_of(blueprint: Blueprint, dataset: EpisodeDataset) -> NormStats:
+    """What the data set's states and actions are to be normalised by.
+
+    Raises:
+      ConfigError: the kind of normalisation does not fit the data.
+    """
+    model = blueprint.config.model
+    try:
+        return compute_norm_stats(
+            dataset,
+            model.normalization,
+            delta_dims=getattr(model, "delta_dims", 0),  # a setting of the pi family
+            action_horizon=model.action_horizon,
+        )
+    except ValueError as error:
+        fix = f"{override('model.normalization', 'zscore')}, or other data"
+        raise ConfigError("model.normalization", model.normalization, str(error), fix) from error
 
 
 def recording(config: DatasetConfig, workdir: pathlib.Path) -> pathlib.Path:
     """Directory of the expert's episodes."""
-    return pathlib.Path(config.path) if config.path else workdir / RECORDINGS
+    return pathlib.Path(config.path).expanduser() if config.path else workdir / RECORDINGS
 
 
 def record_expert(
@@ -133,13 +190,15 @@ def _is_recorded(blueprint: Blueprint, workdir: pathlib.Path) -> bool:
     """Whether the expert's episodes are there, as the config wants them.
 
     Raises:
-      ConfigError: others are there.
+      ConfigError: others are there, or files that are no episodes.
     """
     config = blueprint.config.finetune.dataset
     where = recording(config, workdir)
     try:
         key = read_key(where)
-    except ValueError as error:
+        if key is None:
+            require_free(where)
+    except (ValueError, OSError) as error:
         message, key = str(error), ""
     else:
         message = f"{where} holds demonstrations recorded with other settings"
@@ -164,6 +223,45 @@ def _key(blueprint: Blueprint) -> str:
         },
         sort_keys=True,
     )
+
+
+@contextlib.contextmanager
+def _readable(config: DatasetConfig) -> Iterator[None]:
+    """Makes what reading damaged files raises a ConfigError: readers index what they parsed."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
+        message = str(error) if isinstance(error, ValueError) else f"cannot be read: {error!r}"
+        fix = override("finetune.dataset.path", "PATH")
+        raise ConfigError("finetune.dataset.path", config.path, message, fix) from error
+
+
+def _find_format(config: DatasetConfig) -> Any:
+    """The class that reads it, else ConfigError."""
+    try:
+        return DATASETS.get(config.kind)
+    except ValueError as error:
+        fix = override("finetune.dataset.kind", "KIND")
+        raise ConfigError("finetune.dataset.kind", config.kind, str(error), fix) from error
+
+
+def _check_vectors(dataset: EpisodeDataset) -> None:
+    """Raises ValueError unless the states and actions of every episode can be learned from."""
+    for episode, num_steps in enumerate(dataset.num_steps):
+        for name, values, size in (
+            ("states", dataset.states(episode), dataset.state_dim),
+            ("actions", dataset.actions(episode), dataset.action_dim),
+        ):
+            # There may be more actions than steps, see `EpisodeDataset.actions`.
+            fits = len(values) >= num_steps if name == "actions" else len(values) == num_steps
+            if values.shape[1:] != (size,) or not fits:
+                raise ValueError(
+                    f"{name} of episode {episode} are {values.shape}, not [{num_steps}, {size}]"
+                )
+            if not np.isfinite(values).all():
+                raise ValueError(f"{name} of episode {episode} are not all finite")
 
 
 def _check_settings(config: DatasetConfig) -> None:
@@ -234,16 +332,16 @@ def _check_prompts(blueprint: Blueprint, dataset: EpisodeDataset) -> None:
 
 
 def _make_prompt(blueprint: Blueprint, dataset: EpisodeDataset) -> Prompt:
-    """Prompts just as env groups make them."""
-    texts = dataset.instructions
-    table = make_table(blueprint.config.model, texts, blueprint.tokenizer, blueprint.stats)
+    """Prompts of frames. Those that tell the state are openpi's to the last bit."""
+    model, texts = blueprint.config.model, dataset.instructions
+    if model.tells_state():
+        return blueprint.tokenize
+    table = make_table(model, texts, blueprint.tokenizer, blueprint.stats)
     row_of = {text: row for row, text in enumerate(texts)}
     tokens, mask = np.asarray(table.tokens), np.asarray(table.mask)
 
     def prompt(text: str, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         row = row_of[text]
-        if table.state_text is None:
-            return tokens[row], mask[row]
-        return table.state_text.append(tokens[row], mask[row], np.asarray(state, np.float32))
+        return tokens[row], mask[row]
 
     return prompt

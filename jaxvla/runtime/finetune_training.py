@@ -53,16 +53,20 @@ def _check_batch(blueprint: Blueprint) -> None:
 
 
 def _check_statistics(config: ExperimentConfig) -> None:
-    """Nothing else says what to normalise by, else ConfigError."""
-    model, fix = config.model, override("finetune.compute_norm_stats", False)
-    name = "finetune.compute_norm_stats"
-    if model.norm_stats:
-        allowed = f"model.norm_stats = {model.norm_stats!r} says what to normalise by"
-        raise ConfigError(name, True, allowed, fix)
+    """The weights may be used with computed statistics, else ConfigError.
+
+    `model.norm_stats` may name others: they stand in until the data set's are computed, which
+    checkpoints with statistics of several data sets, or of none, need to be opened at all.
+    """
+    model = config.model
     initial = pathlib.Path(model.initial_weights).expanduser()
     if model.initial_weights and (initial / CHECKPOINTS).is_dir():
-        allowed = "the weights of a work directory mean nothing without its own statistics"
-        raise ConfigError(name, True, allowed, fix)
+        raise ConfigError(
+            "finetune.compute_norm_stats",
+            True,
+            "the weights of a work directory mean nothing without its own statistics",
+            override("finetune.compute_norm_stats", False),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,7 @@ from jaxvla.runtime.evaluate import (
 )
 from jaxvla.runtime.export import check_export, export
 from jaxvla.runtime.finetune import checkpoint_target, finetune
+from jaxvla.runtime.finetune_data import must_record
 from jaxvla.runtime.finetune_training import check_finetune
 from jaxvla.runtime.groups import Groups
 from jaxvla.runtime.pretrained import CHECKPOINTS, STATS_FILE, check_initial_weights
@@ -119,6 +120,9 @@ def run(
         _check_learning(blueprint)
     if job == "finetune":
         check_finetune(blueprint, workdir)
+        if must_record(blueprint, workdir):
+            kind = blueprint.config.finetune.dataset.kind
+            _check_experts(blueprint, "finetune.dataset.kind", kind, "recorded")
     if is_dry_run:
         for line in plan_lines(blueprint):
             sys.stdout.write(line + "\n")
@@ -251,21 +255,27 @@ def _check_learning(blueprint: Blueprint) -> None:
             f"env {config.env.name!r} has no scripted expert to imitate",
             override("warm_start.num_steps", 0),
         )
-    _check_experts(blueprint)
+    num_steps = config.warm_start.num_steps
+    _check_experts(blueprint, "warm_start.num_steps", num_steps, 0)
     if config.warm_start.num_grounding_steps:
         _check_grounding(blueprint)
 
 
-def _check_experts(blueprint: Blueprint) -> None:
-    """Refuses demonstrations of tasks that the env's expert cannot do."""
+def _check_experts(blueprint: Blueprint, name: str, value: Any, instead: Any) -> None:
+    """Refuses demonstrations of tasks that the env's expert cannot do.
+
+    Args:
+      blueprint: of the run.
+      name: of the setting that asks for demonstrations.
+      value: of that setting.
+      instead: a value that asks for none.
+    """
     for scene in device_scenes(blueprint.env):
         key, task = jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct((), np.int32)
         try:
             jax.eval_shape(lambda k, t, s=scene: s.expert_action(s.reset(k, t)), key, task)
         except ValueError as error:
-            num_steps = blueprint.config.warm_start.num_steps
-            fix = override("warm_start.num_steps", 0)
-            raise ConfigError("warm_start.num_steps", num_steps, str(error), fix) from error
+            raise ConfigError(name, value, str(error), override(name, instead)) from error
 
 
 def _check_grounding(blueprint: Blueprint) -> None:

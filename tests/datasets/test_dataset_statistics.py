@@ -31,8 +31,8 @@ def random_parts(seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
     return [(random.normal(2.0, 3.0, (n, 4)), random.uniform(-1, 1, (n, 2))) for n in (300, 1, 700)]
 
 
-def stats_of(parts: Any, kind: str = "quantile") -> Any:
-    return compute_norm_stats(Vectors(*parts), kind)  # pyright: ignore
+def stats_of(parts: Any, kind: str = "quantile", **settings: int) -> Any:
+    return compute_norm_stats(Vectors(*parts), kind, **settings)  # pyright: ignore
 
 
 @pytest.mark.parametrize("kind", ["zscore", "quantile"])
@@ -88,3 +88,25 @@ def test_a_dimension_that_hardly_ever_moves_is_refused() -> None:
 def test_values_must_be_finite() -> None:
     with pytest.raises(ValueError, match="state of the data set are not all finite"):
         stats_of([([[1.0], [np.nan]], [[0.0], [1.0]])])
+
+
+@pytest.mark.parametrize("delta_dims", [1, 2])
+def test_relative_actions_are_those_of_the_samples(delta_dims: int) -> None:
+    """Chunk by chunk, against what the loss subtracts: the state at the start of the chunk."""
+    random, horizon = np.random.default_rng(0), 5
+    parts = [(random.normal(9.0, 2.0, (n, 3)), random.uniform(-1, 1, (n, 2))) for n in (40, 1, 70)]
+    dataset, chunks = Vectors(*parts), []
+    for episode, num_steps in enumerate(dataset.num_steps):
+        state, actions = dataset.states(episode), dataset.actions(episode)
+        for step in range(num_steps):
+            padded = np.concatenate([actions, np.repeat(actions[-1:], horizon, axis=0)])
+            chunk = padded[step : step + horizon].astype(np.float64)
+            chunk[:, :delta_dims] -= state[step, :delta_dims]
+            chunks.append(chunk)
+    stats = stats_of(parts, "zscore", delta_dims=delta_dims, action_horizon=horizon)
+    values = np.concatenate(chunks)
+    np.testing.assert_allclose(stats.actions.mean, values.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(stats.actions.std, values.std(0), rtol=1e-12)
+    np.testing.assert_allclose(stats.actions.q01, np.quantile(values, 0.01, axis=0), rtol=1e-12)
+    np.testing.assert_allclose(stats.actions.q99, np.quantile(values, 0.99, axis=0), rtol=1e-12)
+    np.testing.assert_array_equal(stats.state.mean, stats_of(parts, "zscore").state.mean)

@@ -155,6 +155,18 @@ def test_damage_is_named(version: str, tmp_path: pathlib.Path) -> None:
         LeRobotDataset(config(tmp_path)).states(0)
 
 
+def test_tasks_without_a_text(tmp_path: pathlib.Path) -> None:
+    """Known as soon as the states are read, not when a batch has such a frame."""
+    write_lerobot(tmp_path, [Episode(0, 3, "go")], version="v2.1")
+    tasks = tmp_path / "meta" / "tasks.jsonl"
+    tasks.write_text(json.dumps({"task_index": 7, "task": "come"}))
+    with pytest.raises(ValueError, match=r"parquet: task 0 has no text in meta/"):
+        LeRobotDataset(config(tmp_path)).states(0)
+    tasks.write_text(json.dumps({"task_index": 0}))
+    with pytest.raises(ValueError, match=r"tasks\.jsonl: a task lacks 'task'"):
+        LeRobotDataset(config(tmp_path))
+
+
 def test_a_cell_that_is_no_picture(tmp_path: pathlib.Path) -> None:
     write_lerobot(tmp_path, [Episode(0, 3, "go")], version="v2.1")
     path = next((tmp_path / "data").rglob("*.parquet"))

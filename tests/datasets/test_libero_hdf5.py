@@ -101,6 +101,17 @@ def test_every_file_below_a_directory(tmp_path: pathlib.Path) -> None:
     assert [dataset.frame(i, 0, []).instruction for i in range(3)] == ["first", "first", "second"]
 
 
+def test_vectors_are_read_once(tmp_path: pathlib.Path) -> None:
+    """A sample takes its chunk from memory: not even an open file is needed."""
+    episode = Episode(0, 4, "")
+    write_libero(tmp_path / "a.hdf5", [episode])
+    dataset = LiberoHdf5(config(tmp_path))
+    dataset.frame(0, 1, CAMERAS)
+    dataset.close()
+    np.testing.assert_array_equal(dataset.actions(0), episode.actions)
+    np.testing.assert_array_equal(dataset.states(0), episode.state)
+
+
 def test_damage_is_named(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "a.hdf5"
     with pytest.raises(ValueError, match=r"is no file, and no directory with \*\.hdf5"):

@@ -77,6 +77,36 @@ def test_a_recording_is_not_overwritten(tmp_path: pathlib.Path) -> None:
         write_episodes(tmp_path / "new", [], cameras=CAMERAS, key="")
 
 
+def test_files_of_others_stay(tmp_path: pathlib.Path) -> None:
+    """Even where they are named like ours."""
+    note = tmp_path / "episode_000000" / "notes.txt"
+    note.parent.mkdir()
+    note.write_text("mine")
+    with pytest.raises(ValueError, match="holds files that are no recorded episodes"):
+        write_episodes(tmp_path, [make_episode(0, 2)], cameras=CAMERAS, key="")
+    assert note.read_text() == "mine"
+    with pytest.raises(ValueError, match=r"notes\.txt is no directory"):
+        write_episodes(note, [make_episode(0, 2)], cameras=CAMERAS, key="")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"episodes": [{"instruction": "a"}]}, "episode 0 lacks its instruction or num_steps"),
+        ({"episodes": [{"num_steps": 4}]}, "episode 0 lacks its instruction or num_steps"),
+        ({"episodes": {}}, "episode 0 lacks its instruction or num_steps"),
+        ({"episodes": [3]}, "episode 0 lacks its instruction or num_steps"),
+        ({"cameras": 2}, "cameras = 2 are no list of names"),
+    ],
+)
+def test_a_malformed_index(change: Any, message: str, tmp_path: pathlib.Path) -> None:
+    write_episodes(tmp_path, [make_episode(0, 4)], cameras=CAMERAS, key="")
+    index = tmp_path / "dataset.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        RecordedEpisodes(config(tmp_path))
+
+
 def test_damage_is_named(tmp_path: pathlib.Path) -> None:
     write_episodes(tmp_path, [make_episode(0, 4)], cameras=CAMERAS, key="")
     folder, index = tmp_path / "episode_000000", tmp_path / "dataset.json"

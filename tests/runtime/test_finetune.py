@@ -143,7 +143,7 @@ def test_the_screen_and_the_summary(whole: SupervisedRun) -> None:
     last = "\n".join(whole.lines[-5:])
     assert "success     before not evaluated, after not evaluated" in last
     assert "samples/s" in last and "bottleneck  learning" in last
-    assert f"next        {COMMAND} --job=evaluate" in last
+    assert f"next        {COMMAND} --job=finetune --job=evaluate" in last
     summary = whole.summary()
     assert summary["outcome"] == "finished" and summary["update"] == NUM_STEPS
     assert summary["samples_per_s"] > 0 and summary["last_record"]["update"] == NUM_STEPS

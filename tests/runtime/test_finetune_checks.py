@@ -3,10 +3,14 @@
 import copy
 import dataclasses
 import functools
+import io
+import json
 import pathlib
 import shutil
 import sys
-from typing import Any
+import threading
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -15,10 +19,14 @@ from jaxvla import main
 from jaxvla.config import ConfigError, ExperimentConfig, OptimizerConfig
 from jaxvla.data.normalization import FieldStats, NormStats, save_norm_stats
 from jaxvla.data.recorded import RecordedEpisode, write_episodes
+from jaxvla.data.transforms import to_delta
+from jaxvla.envs.tabletop import Tabletop
 from jaxvla.models.prompts import encode_state_prompt
+from jaxvla.runtime import finetune, jobs
 from jaxvla.runtime.build import Blueprint, draw_blueprint
 from jaxvla.runtime.finetune_data import _key, make_samples, open_data, record_expert, recording
 from jaxvla.runtime.finetune_training import check_finetune
+from jaxvla.telemetry.progress import Screen
 from jaxvla.validation import validate
 
 DEBUG = pathlib.Path(__file__).parents[2] / "configs" / "debug.py"
@@ -88,10 +96,6 @@ def on(data: pathlib.Path, **settings: Any) -> dict[str, Any]:
         (
             {"finetune__optimizer": OptimizerConfig(trainable="nothing")},
             r"finetune\.optimizer\.trainable = 'nothing': matches no parameter",
-        ),
-        (
-            {"finetune__compute_norm_stats": True, "model__norm_stats": "bounds"},
-            r"finetune\.compute_norm_stats = True: model\.norm_stats = 'bounds' says",
         ),
         (
             {"finetune__dataset__kind": "tapes"},
@@ -185,16 +189,147 @@ def test_samples_are_made_for_the_policy(data: pathlib.Path, tmp_path: pathlib.P
     np.testing.assert_array_equal(batch.observation.tokens[0], blueprint.table.tokens[row])
 
 
-def test_prompts_that_tell_the_state(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    blueprint = blueprint_of(**on(data, model__state_input="prompt"))
-    dataset = open_data(blueprint, tmp_path)
-    batch = make_samples(blueprint, dataset).read(np.array([0, 7]))
-    offset, scale = blueprint.stats.state_affine()
-    for row, text in enumerate(TEXTS):
-        state = np.asarray(batch.observation.state, np.float64)[row]
-        wanted = encode_state_prompt(blueprint.tokenizer, text, (state - offset) / scale)
+def test_prompts_that_tell_the_state(tmp_path: pathlib.Path) -> None:
+    """States at the edges of the bins, where one rounding decides: in float64, as openpi has it."""
+    low, high = blueprint_of().stats.state.quantiles()
+    edges = np.linspace(-1, 1, 257)[1:-1]
+    states = low + (edges[:, None] + 1.0) / 2.0 * (high - low + 1e-6)
+    episode = RecordedEpisode(
+        instruction=TEXTS[0],
+        images=np.zeros((255, 2, SIZE, SIZE, 3), np.uint8),
+        state=states.astype(np.float32),
+        actions=np.zeros((255, ACTION_DIM), np.float32),
+    )
+    write(tmp_path / "data", [episode])
+    blueprint = blueprint_of(**on(tmp_path / "data", model__state_input="prompt"))
+    batch = make_samples(blueprint, open_data(blueprint, tmp_path)).read(np.arange(255))
+    told = (episode.state - low) / (high - low + 1e-6) * 2.0 - 1.0
+    assert told.dtype == np.float64
+    for row in range(255):
+        wanted = encode_state_prompt(blueprint.tokenizer, TEXTS[0], told[row])
         mask = np.asarray(batch.observation.token_mask)[row]
         assert np.asarray(batch.observation.tokens)[row][mask].tolist() == wanted
+
+
+def break_array(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Any:
+    def damage(data: pathlib.Path) -> None:
+        path = data / "episode_000002" / f"{name}.npy"
+        np.save(path, change(np.load(path)))
+
+    return damage
+
+
+def break_index(data: pathlib.Path) -> None:
+    index = json.loads((data / "dataset.json").read_text())
+    del index["episodes"][1]["num_steps"]
+    (data / "dataset.json").write_text(json.dumps(index))
+
+
+def stick(actions: np.ndarray) -> np.ndarray:
+    """A gripper that moves once."""
+    return np.concatenate([actions[:, :3], np.arange(len(actions))[:, None] == 3], axis=1)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (break_array("actions", lambda x: x * np.nan), "actions of episode 2 are not all finite"),
+        (break_array("state", lambda x: x + np.inf), "states of episode 2 are not all finite"),
+        (break_array("state", lambda x: x[:, :3]), r"states of episode 2 are \(6, 3\), not"),
+        (break_array("actions", lambda x: x[:, :3]), r"actions of episode 2 are \(9, 3\), not"),
+        (break_index, "episode 1 lacks its instruction or num_steps"),
+        (lambda data: shutil.rmtree(data / "episode_000003"), r"state\.npy cannot be read"),
+    ],
+)
+def test_damaged_data(damage: Any, message: str, tmp_path: pathlib.Path) -> None:
+    data, workdir = tmp_path / "data", tmp_path / "run"
+    write(data, map(make_episode, range(4)))
+    damage(data)
+    with pytest.raises(ConfigError, match=r"finetune\.dataset\.path = .*" + message):
+        check_finetune(blueprint_of(**on(data)), workdir)
+    assert not workdir.exists()
+
+
+def test_a_malformed_index_of_lerobot(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "meta").mkdir()
+    info = {"codebase_version": "v2.1", "fps": 10, "features": {"state": {}}, "data_path": "x"}
+    (tmp_path / "meta" / "info.json").write_text(json.dumps(info))
+    settings = on(tmp_path, finetune__dataset__kind="lerobot")
+    message = r"finetune\.dataset\.path = .*cannot be read: KeyError\('dtype'\)"
+    with pytest.raises(ConfigError, match=message):
+        check_finetune(blueprint_of(**settings), tmp_path)
+
+
+def test_actions_that_cannot_be_normalised_so(tmp_path: pathlib.Path) -> None:
+    actions = np.zeros((1000, ACTION_DIM), np.float32)
+    actions[500, 1] = 1.0
+    state = np.random.default_rng(0).uniform(0, 0.05, (1000, STATE_DIM)).astype(np.float32)
+    images = np.zeros((1000, 2, 4, 4, 3), np.uint8)
+    episode = RecordedEpisode(instruction=TEXTS[0], images=images, state=state, actions=actions)
+    write(tmp_path / "data", [episode])
+    settings = on(tmp_path / "data", finetune__compute_norm_stats=True)
+    message = r"model\.normalization = 'quantile': dimension 1 of actions .*Fix: .*=zscore"
+    with pytest.raises(ConfigError, match=message):
+        check_finetune(blueprint_of(**settings), tmp_path)
+    check_finetune(blueprint_of(**settings, model__normalization="zscore"), tmp_path)
+
+
+def test_masks_of_another_size(tmp_path: pathlib.Path) -> None:
+    mask = np.zeros((6, 2, SIZE, SIZE), bool)
+    episodes = [dataclasses.replace(make_episode(i), target_mask=mask) for i in range(4)]
+    write(tmp_path / "data", episodes)
+    settings = on(tmp_path / "data", env__image_size=16)
+    blueprint = blueprint_of(**settings, model__grounding_coef=0.0)
+    check_finetune(blueprint, tmp_path)
+    dataset = open_data(blueprint, tmp_path)
+    assert make_samples(blueprint, dataset).read(np.arange(2)).target_mask is None
+    message = r"finetune\.dataset\.path = .*masks of the named objects are \(2, 32, 32\)"
+    with pytest.raises(ConfigError, match=message):
+        check_finetune(blueprint_of(**settings, model__grounding_coef=1.0), tmp_path)
+
+
+def test_a_path_below_home(
+    data: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(data.parent))
+    check_finetune(blueprint_of(**on(pathlib.Path("~") / data.name)), tmp_path)
+    config = blueprint_of(finetune__dataset__path="~/new").config.finetune.dataset
+    assert recording(config, tmp_path) == data.parent / "new"
+
+
+def test_the_expert_does_not_write_into_files_of_others(tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "mine" / "notes.txt"
+    file.parent.mkdir()
+    file.write_text("mine")
+    for path, message in ((file, "is no directory"), (file.parent, "holds files that are no rec")):
+        with pytest.raises(ConfigError, match=rf"finetune\.dataset\.path = .*{message}"):
+            check_finetune(blueprint_of(finetune__dataset__path=str(path)), tmp_path / "run")
+    assert not (tmp_path / "run").exists() and file.read_text() == "mine"
+
+
+def test_tasks_that_the_expert_cannot_do(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(env: Any, state: Any) -> Any:
+        raise ValueError("no plan for a goal of kind Folded")
+
+    monkeypatch.setattr(Tabletop, "expert_action", refuse)
+    blueprint = blueprint_of()
+    run = functools.partial(
+        jobs.run,
+        job="finetune",
+        config=blueprint.config,
+        workdir=tmp_path,
+        is_dry_run=True,
+        may_resume=True,
+        command="",
+    )
+    message = r"finetune\.dataset\.kind = 'expert': no plan .*Fix: .*kind=recorded"
+    with pytest.raises(ConfigError, match=message):
+        run()
+    # What has been recorded already needs no expert.
+    write(tmp_path / "demonstrations", map(make_episode, range(4)), key=_key(blueprint))
+    assert run() == 0
 
 
 def test_recordings_of_other_settings_are_not_used(tmp_path: pathlib.Path) -> None:
@@ -205,13 +340,14 @@ def test_recordings_of_other_settings_are_not_used(tmp_path: pathlib.Path) -> No
     write(where, map(make_episode, range(4)), key=_key(blueprint))
     check_finetune(blueprint, tmp_path)
     assert not record_expert(blueprint, tmp_path, lambda: False)
-    for change in (
+    changes: tuple[dict[str, Any], ...] = (
         {"seed": 5},
         {"env__tasks": ("reach",)},
         {"finetune__dataset__noise_std": 0.1},
         {"finetune__dataset__num_episodes": 7},
         {"model__action_horizon": 16},
-    ):
+    )
+    for change in changes:
         other = blueprint_of(**change)
         with pytest.raises(ConfigError, match="demonstrations recorded with other settings"):
             check_finetune(other, tmp_path)
@@ -231,3 +367,79 @@ def test_the_statistics_of_the_work_directory_count(tmp_path: pathlib.Path) -> N
     found = blueprint_of(tmp_path, finetune__compute_norm_stats=True)
     assert found.stats.fingerprint == stats.fingerprint
     assert blueprint_of(tmp_path).identity["norm_stats"] == stats.fingerprint
+
+
+class Drawn:
+    """Stands where the run would begin, and keeps the blueprint."""
+
+    def __init__(self, blueprint: Blueprint, samples: Any, **others: Any):
+        self.last.append(blueprint)
+
+    last: ClassVar[list[Blueprint]] = []
+
+    def run(self) -> int:
+        return 0
+
+
+def start(
+    blueprint: Blueprint, workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> Blueprint:
+    """What `finetune` would run in a work directory; norm_stats.json lies there then."""
+    monkeypatch.setattr(finetune, "Finetuning", Drawn)
+    code = finetune.finetune(
+        blueprint,
+        workdir=workdir,
+        screen=Screen(io.StringIO(), num_updates=1),
+        stop_requested=threading.Event(),
+        command="",
+        write_config=lambda x: save_norm_stats(x.stats, workdir / "norm_stats.json"),
+    )
+    assert code == 0
+    return Drawn.last.pop()
+
+
+def test_statistics_without_a_checkpoint_are_computed_anew(
+    data: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that ended before they were computed left the env's bounds."""
+    bounds = blueprint_of(**on(data)).stats
+    save_norm_stats(bounds, tmp_path / "norm_stats.json")
+    settings = on(data, finetune__compute_norm_stats=True)
+    started = start(blueprint_of(tmp_path, **settings), tmp_path, monkeypatch)
+    states = np.concatenate([make_episode(i).state for i in range(4)])
+    actions = np.concatenate([make_episode(i).actions[:6] for i in range(4)])
+    np.testing.assert_allclose(started.stats.state.mean, states.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(started.stats.actions.mean, actions.mean(0), rtol=1e-5, atol=1e-6)
+    assert blueprint_of(tmp_path).identity == started.identity
+    # A checkpoint means what its statistics say: now they stay.
+    save_norm_stats(bounds, tmp_path / "norm_stats.json")
+    checkpointer = blueprint_of(tmp_path).checkpointer(tmp_path)
+    checkpointer.save(0, {"x": np.ones(1)}, {})
+    checkpointer.close()
+    again = start(blueprint_of(tmp_path, **settings), tmp_path, monkeypatch)
+    assert again.stats.fingerprint == bounds.fingerprint
+
+
+def test_relative_actions_have_statistics_of_their_own(
+    data: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = on(data, finetune__compute_norm_stats=True, model__delta_dims=3)
+    blueprint = blueprint_of(tmp_path, **settings)
+    started = start(blueprint, tmp_path, monkeypatch)
+    samples = make_samples(blueprint, open_data(blueprint, tmp_path))
+    batch = samples.read(np.arange(samples.num_samples))
+    learned = to_delta(np.asarray(batch.actions), np.asarray(batch.observation.state), (True,) * 3)
+    mean = learned.mean(axis=(0, 1), dtype=np.float64)
+    np.testing.assert_allclose(started.stats.actions.mean, mean, rtol=1e-5, atol=1e-6)
+
+
+def test_named_statistics_stand_in_until_some_are_computed(
+    data: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = on(data, finetune__compute_norm_stats=True, model__norm_stats="bounds")
+    blueprint = blueprint_of(tmp_path, **settings)
+    check_finetune(blueprint, tmp_path)
+    started = start(blueprint, tmp_path, monkeypatch)
+    assert started.stats.fingerprint != blueprint.stats.fingerprint
+    # The same command line, for another job or to go on.
+    assert blueprint_of(tmp_path, **settings).identity == started.identity
