@@ -196,8 +196,9 @@ def draw_blueprint(config: ExperimentConfig, workdir: pathlib.Path | None = None
 def _stats_model(config: ExperimentConfig, workdir: pathlib.Path | None) -> ModelConfig:
     """The model's config, which names no statistics once some were computed for the work directory:
     named ones only stand in until then, so that every later job finds the computed ones."""
-    computed = config.finetune.compute_norm_stats and workdir is not None
-    if computed and (workdir / STATS_FILE).is_file():
+    if not config.finetune.compute_norm_stats or workdir is None:
+        return config.model
+    if (workdir / STATS_FILE).is_file():
         return dataclasses.replace(config.model, norm_stats="")
     return config.model
 
