@@ -300,7 +300,7 @@ class Finetuning:
         while not self._stop_requested.is_set():
             with self._meter.waiting("data"):
                 batch = next(batches, None)
-            if batch is None:
+            if batch is None or self._stop_requested.is_set():  # asked for while it waited
                 return
             yield batch
 
