@@ -77,6 +77,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def placed_structs(tree: Any, shardings: Any) -> Any:
+    """Shapes and dtypes of a tree of arrays or structs, each with its place: what a checkpoint is
+    read into."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
+    )
+
+
 def params_shardings(tree: Any, rules: LogicalRules, mesh: Mesh | AbstractMesh, role: str) -> Any:
     """Placement of every parameter of a tree.
 

@@ -5,7 +5,7 @@ G episodes begin alike, and what an episode is worth is what sets it apart from 
     A_i = (R_i - mean R) / (std R + epsilon)
 
 (Shao et al. 2024, section 4.1.2, https://arxiv.org/abs/2402.03300), the same for every chunk that
-the policy chose in it. No critic is asked or trained. The surrogate and its corrections for stale
+the policy chose in it. No critic is read or trained. The surrogate and its corrections for stale
 samples are PPO's; there is no penalty on the distance from a reference policy.
 """
 

@@ -33,10 +33,9 @@ from jaxvla.models.openpi_tree import (
     require_match,
     shapes_of,
 )
+from jaxvla.models.tokenizer import CACHE_DEFAULT, CACHE_VARIABLE
 from jaxvla.types import Params
 
-_CACHE_VARIABLE = "OPENPI_DATA_HOME"
-_DEFAULT_CACHE = "~/.cache/openpi"
 _STATS_FILE = "norm_stats.json"
 
 
@@ -61,13 +60,13 @@ def local_checkpoint(location: str) -> pathlib.Path:
     parts = pathlib.PurePosixPath(rest).parts
     if scheme != "gs" or len(parts) < 2 or ".." in parts:
         raise UsageError(f"address {location!r}: must be gs://BUCKET/PATH or a local path")
-    cache = pathlib.Path(os.environ.get(_CACHE_VARIABLE) or _DEFAULT_CACHE).expanduser().resolve()
+    cache = pathlib.Path(os.environ.get(CACHE_VARIABLE) or CACHE_DEFAULT).expanduser().resolve()
     path = cache.joinpath(*parts)
     if not path.exists():
         raise UsageError(
             f"{location} is not in openpi's cache ({path}). Fix: mkdir -p '{path.parent}' && "
             f"gcloud storage cp -r 'gs://{'/'.join(parts)}' '{path.parent}', "
-            f"or {_CACHE_VARIABLE}=DIR where it is"
+            f"or {CACHE_VARIABLE}=DIR where it is"
         )
     return path
 

@@ -11,8 +11,9 @@ from typing import Any, Protocol
 
 _NUM_SPECIAL = 4
 _PATH_VARIABLE = "JAXVLA_TOKENIZER"
-_CACHE_VARIABLE = "OPENPI_DATA_HOME"
-_CACHE_DEFAULT = "~/.cache/openpi"
+CACHE_VARIABLE = "OPENPI_DATA_HOME"
+"""Environment variable of the directory that openpi caches files in."""
+CACHE_DEFAULT = "~/.cache/openpi"
 _CACHED_NAME = pathlib.Path("big_vision", "paligemma_tokenizer.model")
 
 
@@ -175,14 +176,14 @@ def paligemma_tokenizer_path(path: str | os.PathLike[str] | None = None) -> path
     Raises:
       ValueError: there is no such file; the message lists what was tried.
     """
-    variable, home = os.environ.get(_PATH_VARIABLE), os.environ.get(_CACHE_VARIABLE)
+    variable, home = os.environ.get(_PATH_VARIABLE), os.environ.get(CACHE_VARIABLE)
     if path is not None:
         found, tried = path, f"the given path {path}"
     elif variable:
         found, tried = variable, f"no path was given; ${_PATH_VARIABLE} = {variable}"
     else:
-        found = pathlib.Path(home or _CACHE_DEFAULT) / _CACHED_NAME
-        cache = f"${_CACHE_VARIABLE} is {'set' if home else 'not set'}: {found}"
+        found = pathlib.Path(home or CACHE_DEFAULT) / _CACHED_NAME
+        cache = f"${CACHE_VARIABLE} is {'set' if home else 'not set'}: {found}"
         tried = f"no path was given; ${_PATH_VARIABLE} is not set; {cache}"
     expanded = pathlib.Path(found).expanduser()
     if not expanded.is_file():

@@ -301,11 +301,7 @@ class Training:
 
     def target(self) -> TrainState:
         """What a checkpoint must hold, and where its leaves go."""
-        return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            self.struct,
-            self.placed,
-        )
+        return sharding.placed_structs(self.struct, self.placed)
 
 
 class Parts:

@@ -5,24 +5,19 @@ import pathlib
 import threading
 from typing import Any
 
-import jax
-
 from jaxvla.checkpoint import Restored
 from jaxvla.evaluation.evaluator import Evaluator
 from jaxvla.evaluation.statistics import EvaluationResult, table
 from jaxvla.runtime.build import Blueprint, Parts, draw_blueprint
 from jaxvla.runtime.groups import Groups
-from jaxvla.runtime.pretrained import PARAMS, restore_params
+from jaxvla.runtime.pretrained import restore_params
+from jaxvla.sharding import placed_structs
 from jaxvla.telemetry.metrics import MetricRecorder
 from jaxvla.telemetry.progress import Screen
 from jaxvla.telemetry.writers import write_json
 from jaxvla.types import Params
 
 EXIT_FINISHED, EXIT_STOPPED = 0, 3
-
-EVALUATED = PARAMS
-"""Paths of what an evaluation reads of a checkpoint. It needs neither the optimizer nor the env
-groups of the run, and so may have others."""
 
 
 def evaluated_target(parts: Parts, placed: Any = None) -> Any:
@@ -32,10 +27,8 @@ def evaluated_target(parts: Parts, placed: Any = None) -> Any:
       parts: of the run.
       placed: tree of shardings; None: those of the first policy server.
     """
-    params = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        parts.blueprint.params_struct(),
-        placed or parts.sampler.params_shardings,
+    params = placed_structs(
+        parts.blueprint.params_struct(), placed or parts.sampler.params_shardings
     )
     return {"state": {"params": params}}
 

@@ -19,6 +19,7 @@ from jaxvla.learning.train_state import TrainState, init_state, state_shardings
 from jaxvla.runtime.build import Blueprint, Parts
 from jaxvla.runtime.finetune_data import check_data
 from jaxvla.runtime.pretrained import CHECKPOINTS
+from jaxvla.sharding import placed_structs
 from jaxvla.types import Params
 
 SECTION = "finetune.optimizer"
@@ -119,11 +120,7 @@ class SupervisedTraining:
 
     def target(self) -> TrainState:
         """Shapes, dtypes and shardings."""
-        return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            self.struct,
-            self.placed,
-        )
+        return placed_structs(self.struct, self.placed)
 
 
 def published(state: TrainState) -> Params:

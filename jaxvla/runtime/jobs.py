@@ -25,7 +25,6 @@ from jaxvla.runtime.build import Blueprint, Parts, draw_blueprint
 from jaxvla.runtime.controller import Controller
 from jaxvla.runtime.dry_run import plan_lines
 from jaxvla.runtime.evaluate import (
-    EVALUATED,
     draw_judge,
     evaluate_checkpoint,
     evaluated_target,
@@ -35,7 +34,7 @@ from jaxvla.runtime.finetune import checkpoint_target, finetune
 from jaxvla.runtime.finetune_data import must_record
 from jaxvla.runtime.finetune_training import check_finetune
 from jaxvla.runtime.groups import Groups
-from jaxvla.runtime.pretrained import CHECKPOINTS, STATS_FILE, check_initial_weights
+from jaxvla.runtime.pretrained import CHECKPOINTS, PARAMS, STATS_FILE, check_initial_weights
 from jaxvla.runtime.serve import check_endpoint, serve_policy
 from jaxvla.runtime.signals import stop_on_signals
 from jaxvla.telemetry.metrics import MetricRecorder
@@ -96,39 +95,23 @@ def run(
         _check_workdir(workdir, job, may_resume, bool(config.model.initial_weights))
         if job == "serve":
             check_endpoint(config)
+    _check_flags(job, with_judge=with_judge, is_exporting=bool(export_dir or asset_id))
     _check_schedules(record_schedule, replay_schedule, job, workdir)
-    if with_judge and job != "evaluate":
-        raise UsageError(f"--judge: job {job!r} has no judge. Fix: --job=evaluate")
-    if (export_dir or asset_id) and job != "export":
-        raise UsageError(f"--export_dir, --asset_id: job {job!r} has none. Fix: --job=export")
-    asset_id = asset_id or "physical-intelligence/libero"
     replay = ScheduleReplay(replay_schedule) if replay_schedule else None
     num_devices = _num_devices()  # before the env is made, which may put arrays on a device
     if not is_dry_run:
         validate_devices(config, num_devices)
-    try:
-        blueprint = draw_blueprint(config, workdir)
-        judge = draw_judge(blueprint, workdir) if with_judge else None
-    except ConfigError:
-        raise
-    except ValueError as error:  # an optional package, or a library of it, is missing
-        raise UsageError(f"config.env.name = {config.env.name!r}: {error}") from error
+    blueprint, judge = _draw(config, workdir, with_judge)
     if replay is not None:
         replay.require(blueprint.config)
-    if job == "train":
-        _check_groups(blueprint)
-        _check_learning(blueprint)
-    if job == "finetune":
-        check_finetune(blueprint, workdir)
-        if must_record(blueprint, workdir):
-            kind = blueprint.config.finetune.dataset.kind
-            _check_experts(blueprint, "finetune.dataset.kind", kind, "recorded")
+    _check_training(blueprint, workdir, job)
     if is_dry_run:
         for line in plan_lines(blueprint):
             sys.stdout.write(line + "\n")
         return EXIT_FINISHED
     _check_checkpoint(blueprint, workdir, job)
     export_dir = (export_dir or workdir / "openpi").expanduser()
+    asset_id = asset_id or "physical-intelligence/libero"
     if job == "export":
         check_export(blueprint, export_dir, asset_id)
     if not (workdir / CHECKPOINTS).is_dir():
@@ -144,6 +127,39 @@ def run(
     except CorruptCheckpointError as error:
         sys.stderr.write(f"error: {error}\n")
         return EXIT_UNSAFE
+
+
+def _check_flags(job: str, *, with_judge: bool, is_exporting: bool) -> None:
+    """Refuses flags of another job."""
+    if with_judge and job != "evaluate":
+        raise UsageError(f"--judge: job {job!r} has no judge. Fix: --job=evaluate")
+    if is_exporting and job != "export":
+        raise UsageError(f"--export_dir, --asset_id: job {job!r} has none. Fix: --job=export")
+
+
+def _draw(
+    config: ExperimentConfig, workdir: pathlib.Path, with_judge: bool
+) -> tuple[Blueprint, Blueprint | None]:
+    """The run, and its judge if there is to be one."""
+    try:
+        blueprint = draw_blueprint(config, workdir)
+        return blueprint, draw_judge(blueprint, workdir) if with_judge else None
+    except ConfigError:
+        raise
+    except ValueError as error:  # an optional package, or a library of it, is missing
+        raise UsageError(f"config.env.name = {config.env.name!r}: {error}") from error
+
+
+def _check_training(blueprint: Blueprint, workdir: pathlib.Path, job: str) -> None:
+    """Refuses settings that a job which trains cannot work with."""
+    if job == "train":
+        _check_groups(blueprint)
+        _check_learning(blueprint)
+    if job == "finetune":
+        check_finetune(blueprint, workdir)
+        if must_record(blueprint, workdir):
+            kind = blueprint.config.finetune.dataset.kind
+            _check_experts(blueprint, "finetune.dataset.kind", kind, "recorded")
 
 
 def _run(
@@ -310,7 +326,7 @@ def _check_checkpoint(blueprint: Blueprint, workdir: pathlib.Path, job: str) -> 
     checkpointer = blueprint.checkpointer(workdir)
     try:
         if job in _READERS:
-            checkpointer.check(lambda _: evaluated_target(parts), within=EVALUATED)
+            checkpointer.check(lambda _: evaluated_target(parts), within=PARAMS)
         elif job == "finetune":
             checkpointer.check(supervised_target)
         else:

@@ -17,13 +17,15 @@ from jaxvla.models import openpi_format, paligemma_npz
 from jaxvla.models.openpi_tree import make_target
 from jaxvla.models.pi import PiPolicy
 from jaxvla.models.tokenizer import Tokenizer, make_tokenizer
+from jaxvla.sharding import placed_structs
 from jaxvla.types import EnvSpec, Params
 
 STATS_FILE = "norm_stats.json"
 """In every work directory: the statistics that its policy was trained with."""
 CHECKPOINTS = "checkpoints"
 PARAMS = "state/params/"
-"""Paths of the parameters in a checkpoint of a work directory."""
+"""Paths of the parameters in a checkpoint of a work directory: all that a job reads which does not
+train, so that optimizer and env groups may be others."""
 _BOUNDS = "bounds"
 
 
@@ -182,9 +184,7 @@ def _load_workdir(
     path: pathlib.Path, policy: Any, placed: Params, identity: dict[str, str], dtype: str
 ) -> Params:
     shapes = jax.eval_shape(policy.init, jax.random.key(0))
-    target = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed
-    )
+    target = placed_structs(shapes, placed)
     checkpointer = Checkpointer(path / CHECKPOINTS, keep=2, identity=identity)
     try:
         restored = restore_params(checkpointer, target)

@@ -41,14 +41,14 @@ class SegmentInfo:
     """Control steps executed. None follows the end of an episode: the rest of that chunk is
     not run."""
     num_useful_env_steps: int
-    """Those in samples that are trained on."""
+    """Those of valid chunk queries, whatever an algorithm makes of the episode."""
     num_queries: int
     """Chunk queries, one per env and chunk step."""
     num_invalid: int
     """Samples lost to non-finite worlds or dead simulators."""
     is_uniform: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
-    """bool [n], for every group of episodes that began alike: all have the same return, so that
-    nothing can be learned from comparing them."""
+    """bool [n], for every group of episodes that began alike: all that have a return have the same
+    one, so that nothing can be learned from comparing them. True also where fewer than two have."""
 
 
 class SegmentCounts(NamedTuple):
@@ -57,7 +57,7 @@ class SegmentCounts(NamedTuple):
     env_steps: int
     """Control steps."""
     useful_env_steps: int
-    """Those in samples that are trained on."""
+    """Those of valid chunk queries, whatever an algorithm makes of the episode."""
     queries: int
     """Chunk queries."""
     invalid_samples: int
