@@ -5,14 +5,20 @@ counters and the dtype, shape and SHA-256 of every leaf. Orbax makes a step visi
 when all of it is written. It does not notice flipped bytes in a data file, hence the
 digests: a step that does not match is skipped with a loud message in favour of the one
 before it. A step that is sound but has another structure is refused.
+
+Several processes of one learner save and restore together ("collective" in `jaxvla.multihost`),
+in a directory that all of them see; the leader's record counts. A step does not show how many
+processes wrote it.
 """
 
 import hashlib
 import json
 import logging
 import pathlib
+import re
 import shutil
 import uuid
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +27,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jaxvla import multihost
 from jaxvla.config import UsageError
 from jaxvla.sharding import path_name
 
@@ -43,6 +50,10 @@ class CorruptCheckpointError(RuntimeError):
 
 class CheckpointMismatchError(UsageError):
     """A sound checkpoint has other leaves, shapes or dtypes than the run, or another identity."""
+
+
+class SaveError(RuntimeError):
+    """A step could not be written. Those before it are as they were."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,19 +98,22 @@ class Checkpointer:
         return sorted(self._open().all_steps())
 
     def save(self, step: int, arrays: Any, record: dict[str, Any]) -> None:
-        """Writes a step and returns when it is complete. An existing step stays as it is.
+        """Collective: writes a step and returns when it is complete. An existing step stays as it
+        is.
 
         Steps that `restore` passed over are set aside first, as STEP.damaged-*: else the
         run would not be able to write them again.
 
         Args:
           step: learner update, greater than those of all sound steps.
-          arrays: pytree of arrays, none of them empty.
+          arrays: pytree of arrays, none of them empty. Host arrays and `record` are the leader's;
+            other processes need only give the global arrays.
           record: JSON-serialisable counters.
 
         Raises:
           ValueError: there is a later step, or an array is empty.
           TypeError: JSON cannot hold the record. Nothing has been written then.
+          SaveError: such as a full disk. What was written of the step is removed.
         """
         self._set_damaged_aside()
         self._remove_unfinished()
@@ -109,6 +123,9 @@ class Checkpointer:
             return
         if steps and step < max(steps):
             raise ValueError(f"step {step} comes after step {max(steps)} was saved")
+        empty = [name for name, kind in _kinds(arrays).items() if re.search(r"\b0\b", kind)]
+        if empty:
+            raise ValueError(f"{empty[0]} is empty, which a checkpoint cannot hold")
         body = {
             "record": record,
             "identity": self._identity,
@@ -116,17 +133,21 @@ class Checkpointer:
             "digests": _digests(arrays),
         }
         body = json.loads(json.dumps(body))  # as it will be read: keys are strings
-        manager.save(
-            step,
-            args=ocp.args.Composite(
-                arrays=ocp.args.PyTreeSave(arrays),
-                record=ocp.args.JsonSave({**body, "digest": _json_digest(body)}),
-            ),
+        items = ocp.args.Composite(
+            arrays=ocp.args.PyTreeSave(arrays),
+            record=ocp.args.JsonSave({**body, "digest": _json_digest(body)}),
         )
-        manager.wait_until_finished()
+        try:
+            manager.save(step, args=items)
+            manager.wait_until_finished()
+        except (OSError, ValueError, RuntimeError) as error:  # TensorStore's are ValueErrors
+            self.close()  # orbax remembers the step
+            self._remove_unfinished(is_own=True)
+            reason = str(error).strip().partition("\n")[0]
+            raise SaveError(f"checkpoint {step} could not be written: {reason}") from error
 
     def restore(self, target_for: TargetFor, *, within: str = "") -> Restored | None:
-        """The newest step that passes verification, or None when there is no step.
+        """Collective: the newest step that passes verification, or None when there is no step.
 
         Args:
           target_for: what the step must match.
@@ -136,9 +157,15 @@ class Checkpointer:
         Raises:
           CheckpointMismatchError: the newest sound step does not match.
           CorruptCheckpointError: there are steps, and all of them are damaged.
+          UsageError: the processes of the learner see different directories.
         """
         self._damaged = []
         steps = self.steps()
+        if not multihost.same_everywhere(zlib.crc32(repr(steps).encode()) >> 1):
+            raise UsageError(
+                f"learner process {jax.process_index()} sees steps {steps} in {self._directory}, "
+                "others see other ones. Fix: --workdir=DIR on a file system that all hosts share"
+            )
         for step in reversed(steps):
             try:
                 return self._restore(step, target_for, within)
@@ -184,7 +211,7 @@ class Checkpointer:
         return self._manager
 
     def _set_damaged_aside(self) -> None:
-        for step in self._damaged:
+        for step in self._damaged if multihost.is_leader() else ():
             path = self._directory / str(step)
             aside = path.with_name(f"{step}.damaged-{uuid.uuid4().hex[:8]}")
             path.rename(aside)
@@ -193,28 +220,38 @@ class Checkpointer:
             self._damaged = []
             self.close()  # orbax remembers the steps
 
-    def _remove_unfinished(self) -> None:
-        """Only before the first save: later ones are this process's own."""
-        if not self._has_saved and self._directory.is_dir():
+    def _remove_unfinished(self, *, is_own: bool = False) -> None:
+        """What a killed process left, before the first save; or what this one could not finish."""
+        is_due = (is_own or not self._has_saved) and multihost.is_leader()
+        if is_due and self._directory.is_dir():
             for path in self._directory.glob(_UNFINISHED):
-                shutil.rmtree(path)
+                shutil.rmtree(path, ignore_errors=is_own)
         self._has_saved = True
 
     def _restore(self, step: int, target_for: TargetFor, within: str) -> Restored:
-        body = self._body(step)
-        target = self._matched_target(step, body, target_for, within)
-        arrays = self._arrays(step, target, is_partial=bool(within))
-        found = _digests(arrays)
+        """Collective: a step that is damaged for one process is so for all."""
+        error: _DamagedError | None = None
+        body, arrays = {}, None
+        try:
+            body = self._body(step)
+            target = self._matched_target(step, body, target_for, within)
+            arrays = self._arrays(step, target, is_partial=bool(within))
+        except _DamagedError as found:
+            error = found
+        _require_sound(error)
+        found = _digests(arrays, everywhere=True)  # each process has read its own parts
         wrong = sorted(name for name in found if body["digests"][name] != found[name])
         if wrong:
-            raise _DamagedError(f"{len(wrong)} leaves do not match their digest, first {wrong[:3]}")
+            text = f"{len(wrong)} leaves do not match their digest, first {wrong[:3]}"
+            error = _DamagedError(text)
+        _require_sound(error)
         return Restored(step=step, arrays=arrays, record=body["record"])
 
     def _body(self, step: int) -> dict[str, Any]:
         """The verified JSON of a step: "record", "identity", "kinds" and "digests"."""
         args = ocp.args.Composite(record=ocp.args.JsonRestore())
         try:
-            body = dict(self._open().restore(step, args=args)["record"])
+            body = dict(self._read(step, args)["record"])
             digest = body.pop("digest")
         except (ValueError, TypeError, KeyError, OSError) as error:
             raise _DamagedError(f"unreadable record: {error}") from error
@@ -230,9 +267,22 @@ class Checkpointer:
         )
         args = ocp.args.Composite(arrays=arrays)
         try:
-            return self._open().restore(step, args=args)["arrays"]
+            return self._read(step, args)["arrays"]
         except (ValueError, TypeError, KeyError, OSError) as error:
             raise _DamagedError(f"unreadable arrays: {error}") from error
+
+    def _read(self, step: int, args: ocp.args.Composite) -> Any:
+        """Items of a step. Every process reads for itself: one that finds damage must not leave
+        the others at a barrier of orbax."""
+        here = jax.process_index()
+        options = ocp.options.MultiprocessingOptions(
+            primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"reader_{here}"
+        )
+        handler = ocp.CompositeCheckpointHandler(
+            composite_options=ocp.CompositeOptions(multiprocessing_options=options)
+        )
+        with ocp.Checkpointer(handler, multiprocessing_options=options) as reader:
+            return reader.restore(self._directory / str(step), args=args)
 
     def _matched_target(
         self, step: int, body: dict[str, Any], target_for: TargetFor, within: str
@@ -271,13 +321,21 @@ def _kinds(tree: Any) -> _LeafKinds:
     }
 
 
-def _digests(tree: Any) -> dict[str, str]:
-    """Leaf path -> SHA-256 of its bytes in row-major order. One leaf at a time is on the host."""
+def _require_sound(error: _DamagedError | None) -> None:
+    """Collective: raises in all processes when one of them has an error."""
+    if not multihost.agree(error is None):
+        raise error or _DamagedError("another process of the learner found it so")
+
+
+def _digests(tree: Any, *, everywhere: bool = False) -> dict[str, str]:
+    """Collective: leaf path -> SHA-256 of its bytes in row-major order. One leaf at a time is on
+    the host: on the leader's, or in all processes on theirs."""
     digests = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if isinstance(leaf, jax.Array):
-            # Of a copy: JAX keeps the host value of an array for as long as the array lives.
-            leaf = jax.device_put(leaf, leaf.sharding, may_alias=False)
+            leaf = multihost.gather(leaf, everywhere=everywhere)
+            if leaf is None:
+                continue
         array = np.ascontiguousarray(np.asarray(leaf))
         digests[path_name(path)] = hashlib.sha256(array.view(np.uint8).data).hexdigest()
     return digests

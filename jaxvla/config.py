@@ -239,6 +239,8 @@ class SimulationConfig:
 
     num_groups: int = 2
     """Env groups; two or more overlap inference with stepping."""
+    num_simulators: int = 1
+    """Simulators that the groups are dealt out to, as many to each; divides num_groups."""
     envs_per_group: int = 32
     """Envs E in a group."""
     group_size: int = 0
@@ -367,6 +369,9 @@ class CheckpointConfig:
     """Updates between checkpoints; the last update is always saved."""
     keep: int = 2
     """Newest steps kept, at least 2 (one may turn out damaged)."""
+    max_failed_saves: int = 3
+    """Checkpoints in a row that could not be written, on a full disk for one, after which the run
+    stops with exit code 1."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -374,7 +379,33 @@ class RuntimeConfig:
     """Where the programs run."""
 
     kind: str = "local"
-    """"local": threads of one process."""
+    """"local": threads of one process. A process for every program: "processes" on this machine,
+    "ray" on a Ray cluster; each has devices of its own, see docs/cluster.md."""
+    address: str = ""
+    """Of the Ray cluster: "auto", or HOST:PORT; empty: one on this machine for the run alone."""
+    host: str = "127.0.0.1"
+    """What the programs listen on: an address of every machine that there is, such as 127.0.0.1;
+    "node": the address that Ray knows each machine by."""
+    tls_directory: str = ""
+    """Directory, on every machine, with the cert.pem and key.pem of the run's connections; empty:
+    they are authenticated but not encrypted."""
+    placement: str = ""
+    """Strategy of the Ray placement group of the run: PACK, SPREAD, STRICT_PACK or STRICT_SPREAD;
+    empty: there is none, Ray places one program after the other."""
+    learner_resources: str = ""
+    """What Ray reserves for the learner, such as "CPU=8,GPU=1" or "TPU=4,TPU-v5e-8-head=1"; empty:
+    nothing, it runs anywhere."""
+    server_resources: str = ""
+    """The same for every policy server."""
+    simulator_resources: str = ""
+    """The same for every simulator."""
+    max_restarts: int = 5
+    """How often in a row a program is started anew that ended too soon; those that ran for ten
+    minutes count from 0 again."""
+    restart_backoff_s: float = 0.5
+    """Wait before the first restart in a row; it doubles with every further one, up to 30 s."""
+    silence_s: float = 30.0
+    """A process that is not heard of for so long is taken for lost."""
     grace_s: float = 12.0
     """Seconds from SIGTERM to exit."""
     compilation_cache: str = "~/.cache/jaxvla/xla"

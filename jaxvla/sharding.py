@@ -35,12 +35,12 @@ def make_mesh(layout: RoleLayout, devices: Sequence[Any] | None = None) -> Mesh:
 
     Args:
       layout: which devices, and the axis sizes.
-      devices: all devices (`jax.Device`) of the run; default `jax.devices()`.
+      devices: all devices (`jax.Device`) of the run; default `all_devices()`.
 
     Raises:
       ValueError: the layout needs more devices than there are.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = all_devices() if devices is None else devices
     last = layout.first + layout.num_devices
     if last > len(devices):
         raise ValueError(f"the layout needs devices 0 to {last - 1}, there are {len(devices)}")
@@ -51,6 +51,12 @@ def make_mesh(layout: RoleLayout, devices: Sequence[Any] | None = None) -> Mesh:
         axis_types=(AxisType.Auto,) * len(axes),
         devices=devices[layout.first : last],
     )
+
+
+def all_devices() -> list[Any]:
+    """`jax.Device`s of all processes of the learner, in the order that layouts count them in:
+    the leader's come first."""
+    return sorted(jax.devices(), key=lambda device: device.process_index)
 
 
 def planned_mesh(layout: RoleLayout) -> AbstractMesh:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from jaxvla.assignment import validate_servers
+from jaxvla.cluster import KINDS, PLACEMENTS, validate_cluster
 from jaxvla.config import ConfigError, ExperimentConfig, override
 from jaxvla.endpoint import validate_websocket
 from jaxvla.layout import Layout, LayoutError, parse_layout
@@ -40,6 +41,7 @@ def validate(config: ExperimentConfig) -> None:
     _validate_serving(config, layout)
     _validate_warm_start(config)
     validate_websocket(config.websocket, layout.roles["serving"])
+    validate_cluster(config)
 
 
 def validate_devices(config: ExperimentConfig, num_devices: int) -> None:
@@ -97,6 +99,7 @@ _RANGES = (
             "algorithm.num_epochs",
             "algorithm.num_minibatches",
             "simulation.num_groups",
+            "simulation.num_simulators",
             "simulation.envs_per_group",
             "simulation.lease_s",
             "serving.num_servers",
@@ -113,6 +116,7 @@ _RANGES = (
             "finetune.dataset.num_episodes",
             "evaluation.num_judge_envs",
             "checkpoint.interval",
+            "checkpoint.max_failed_saves",
             *_of_optimizers("learning_rate", "value_learning_rate", "clip_norm", "eps"),
         ),
     ),
@@ -123,6 +127,7 @@ _RANGES = (
         names=(
             "simulation.group_size",
             "schedule.max_staleness",
+            "runtime.max_restarts",
             "warm_start.num_steps",
             "warm_start.num_grounding_steps",
             "warm_start.noise_std",
@@ -143,7 +148,7 @@ _RANGES = (
         allowed="must be in (0, 3600], at most an hour",
         holds=lambda x: 0 < x <= 3600,
         fix=12.0,
-        names=("runtime.grace_s",),
+        names=("runtime.grace_s", "runtime.restart_backoff_s", "runtime.silence_s"),
     ),
     _Range(
         allowed="must be in [0, 1]",
@@ -189,7 +194,8 @@ _RANGES = (
     ),
 )
 _CHOICES = {
-    "runtime.kind": ("local",),
+    "runtime.kind": KINDS,
+    "runtime.placement": PLACEMENTS,
     "runtime.matmul_precision": ("default", "high", "highest"),
     "serving.batching": ("fixed", "adaptive"),
 }

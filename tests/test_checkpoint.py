@@ -1,14 +1,16 @@
 """Checkpoints: round trip, damage, interruption, mismatch."""
 
+import contextlib
 import logging
 import pathlib
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import tracemalloc
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import chex
@@ -21,7 +23,12 @@ import optax
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxvla.checkpoint import Checkpointer, CheckpointMismatchError, CorruptCheckpointError
+from jaxvla.checkpoint import (
+    Checkpointer,
+    CheckpointMismatchError,
+    CorruptCheckpointError,
+    SaveError,
+)
 from jaxvla.config import UsageError
 
 # A read that fails makes orbax close its event loop while other reads are still under way.
@@ -192,6 +199,35 @@ def test_a_record_that_is_no_json_is_refused_before_writing(two_steps: pathlib.P
     with pytest.raises(TypeError):
         Checkpointer(two_steps, keep=2).save(6, _small(6), {"array": np.zeros(2)})
     assert sorted(path.name for path in two_steps.iterdir()) == ["3", "5"]
+
+
+def test_an_empty_array_is_refused_before_writing(two_steps: pathlib.Path):
+    with pytest.raises(ValueError, match="b is empty"):
+        Checkpointer(two_steps, keep=2).save(6, {"a": np.ones(2), "b": np.zeros((3, 0))}, {})
+    assert sorted(path.name for path in two_steps.iterdir()) == ["3", "5"]
+
+
+@contextlib.contextmanager
+def _files_of_at_most(num_bytes: int) -> Iterator[None]:
+    """The system refuses longer ones, as it does on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_step_that_cannot_be_written_leaves_those_before(two_steps: pathlib.Path):
+    checkpointer = Checkpointer(two_steps, keep=2)
+    arrays = {"w": np.random.default_rng(0).random(200_000)}
+    with _files_of_at_most(300_000), pytest.raises(SaveError, match="checkpoint 7 could not be"):
+        checkpointer.save(7, arrays, {})
+    assert sorted(path.name for path in two_steps.iterdir()) == ["3", "5"]
+    checkpointer.save(7, arrays, {"step": 7})
+    restored = checkpointer.restore(lambda _: {"w": np.zeros(200_000)})
+    assert restored is not None and restored.record == {"step": 7}
+    np.testing.assert_array_equal(restored.arrays["w"], arrays["w"])
 
 
 # ---------------------------------------------------------------------------- damage

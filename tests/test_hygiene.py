@@ -22,8 +22,19 @@ _LAYERS = (
     ("simulation", "serving", "learning", "evaluation"),
     ("envs", "models", "algorithms", "data", "transport"),
     ("sharding", "checkpoint", "telemetry"),
+    ("multihost",),
     (
-        *("types", "config", "validation", "layout", "assignment", "endpoint", "segments"),
+        *(
+            "types",
+            "config",
+            "config_data",
+            "validation",
+            "layout",
+            "assignment",
+            "endpoint",
+            "segments",
+        ),
+        "cluster",
         *("registry", "rng"),
     ),
 )
@@ -52,10 +63,10 @@ _CONFINED = {
     "tensorboardX": ("telemetry/writers.py",),
     "sentencepiece": ("models/tokenizer.py",),
     "tokenizers": ("models/tokenizer.py",),
-    "msgpack": ("serving/wire.py",),
+    "msgpack": ("serving/wire.py", "transport/frames.py"),
     "websockets": ("serving/websocket.py",),
     "pickle": ("envs/libero_init_states.py",),  # a restricted unpickler
-    "ray": (),
+    "ray": ("runtime/ray_",),
     "torch": (),
     "tensorflow": (),
     "dill": (),
@@ -179,7 +190,7 @@ def _import_in_a_process(modules: list[str], **environment: str) -> dict[str, li
 def test_configs_and_the_command_line_load_without_jax():
     light = ["", ".config", ".validation", ".layout", ".registry", ".telemetry", ".envs", ".models"]
     light += [".algorithms", ".main", ".runtime.cpu_settings", ".telemetry.writers"]
-    light += [".endpoint", ".serving.wire"]
+    light += [".endpoint", ".serving.wire", ".transport.frames", ".transport.channel"]
     light += [".envs.host_worker"]  # imported by every worker process
     found = _import_in_a_process([f"jaxvla{name}" for name in light])
     assert not {"jax", "jaxlib", "flax", "mujoco"} & set(found["modules"])

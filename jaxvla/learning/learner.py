@@ -22,7 +22,7 @@ from jaxvla.learning.train_state import TrainState
 from jaxvla.learning.train_step import TrainFunctions
 from jaxvla.telemetry.activity import ActivityMeter
 from jaxvla.telemetry.metrics import Last, Mean, MetricRecorder, Rate
-from jaxvla.transport.base import QueueItem, TrajectoryQueue, WeightStore
+from jaxvla.transport.base import QueueItem, TrajectorySource, WeightSink
 
 _LOG = logging.getLogger(__name__)
 
@@ -54,8 +54,8 @@ class Learner:
         functions: TrainFunctions,
         state: TrainState,
         progress: Progress,
-        queue: TrajectoryQueue,
-        store: WeightStore,
+        queue: TrajectorySource,
+        store: WeightSink,
         key: jax.Array,
         learning: LearningConfig,
         schedule: ScheduleConfig,
@@ -170,6 +170,8 @@ class Learner:
             items = self._queue.take(count, self.progress.version)
         for item in items or ():
             self.staleness.append(self.progress.version - item.policy_version_min)
+            if item.info is None:  # in a process that follows another, which keeps the books
+                continue
             self._reached[item.info.group] = {
                 "next_segment": item.info.next_segment,
                 "end_state": item.info.end_state,

@@ -96,7 +96,7 @@ class TrainFunctions:
         """
 
         def on_mesh(x: Any) -> jax.ShapeDtypeStruct:
-            placed = self._placement(x.shape[1])
+            placed = self.placement(x.shape[1])
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed)
 
         placed = [jax.tree.map(on_mesh, trajectory) for trajectory in trajectories]
@@ -116,11 +116,12 @@ class TrainFunctions:
         self.supervised_step.lower(state, jax.tree.map(on_mesh, batch), key).compile()
 
     def place(self, trajectory: Trajectory) -> Trajectory:
-        """Moves a trajectory onto the learning mesh. If its envs do not divide, every device gets
-        a copy, until `prepare` has joined it with others."""
-        return jax.device_put(trajectory, self._placement(trajectory.reward.shape[1]))
+        """Moves a trajectory onto the learning mesh, unless it is there. If its envs do not divide,
+        every device gets a copy, until `prepare` has joined it with others."""
+        return jax.device_put(trajectory, self.placement(trajectory.reward.shape[1]))
 
-    def _placement(self, num_envs: int) -> Any:
+    def placement(self, num_envs: int) -> jax.sharding.NamedSharding:
+        """Where a trajectory of so many envs lies."""
         return sharding.fitting_sharding(self._mesh, num_envs, axis=1)
 
     def _prepare(

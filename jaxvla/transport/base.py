@@ -81,11 +81,12 @@ class Ledger:
         return self.admitted == self.consumed + self.dropped + self.in_flight + self.depth
 
 
-class TrajectoryQueue(Protocol):
-    """Staleness-bounded queue; the rules and the proof are in `transport.staleness`."""
+class TrajectorySink(Protocol):
+    """What a simulator needs of a queue: a ticket, and where the trajectory goes."""
 
     def admit(self, owner: str, timeout_s: float | None = None) -> Ticket | None:
-        """Waits for credit. Returns None on time-out or when the queue is closed."""
+        """Waits for credit. Returns None on time-out, when the queue is closed, or when the owner
+        is given up meanwhile."""
         ...
 
     def put(
@@ -114,8 +115,15 @@ class TrajectoryQueue(Protocol):
         """Gives a ticket up and returns its credit. False when it had already ended."""
         ...
 
+
+class TrajectoryQueue(TrajectorySink, Protocol):
+    """Staleness-bounded queue; the rules and the proof are in `transport.staleness`."""
+
     def fail_owner(self, owner: str, reason: str) -> int:
-        """Gives up every ticket in flight of a dead owner. Returns how many."""
+        """Gives up every ticket in flight of a dead owner. Returns how many.
+
+        Its calls of `admit` that wait for credit return None.
+        """
         ...
 
     def take(
@@ -251,4 +259,26 @@ class WeightStore(Protocol):
 
     def close(self) -> None:
         """Wakes every blocked call."""
+        ...
+
+
+class TrajectorySource(Protocol):
+    """What a learner needs of a `TrajectoryQueue`."""
+
+    def take(
+        self, count: int, learner_version: int, timeout_s: float | None = None
+    ) -> list[QueueItem] | None:
+        """See `TrajectoryQueue.take`."""
+        ...
+
+    def close(self, reason: str) -> None:
+        """See `TrajectoryQueue.close`."""
+        ...
+
+
+class WeightSink(Protocol):
+    """What a learner needs of a `WeightStore`."""
+
+    def publish(self, version: int, params: Params) -> None:
+        """See `WeightStore.publish`."""
         ...

@@ -1,13 +1,14 @@
 """Copies of weights that share no buffer with the original, and what weights look like."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxvla import multihost
 from jaxvla.sharding import path_name
 from jaxvla.types import Params
 
@@ -28,7 +29,7 @@ def params_copier(shardings: Any, trainable: str = ".*") -> Copier:
     """
 
     def chosen(tree: Any) -> dict[str, Any]:
-        named = _named_leaves(tree).items()
+        named = named_leaves(tree).items()
         return {name: leaf for name, leaf in named if re.search(trainable, name)}
 
     is_one = isinstance(shardings, jax.sharding.Sharding)
@@ -45,10 +46,10 @@ def params_copier(shardings: Any, trainable: str = ".*") -> Copier:
             )
             return merged, _nbytes(moved)
         copied = copy_all(params)
-        frozen = _named_leaves(copied).keys() - chosen(copied).keys()
+        frozen = named_leaves(copied).keys() - chosen(copied).keys()
         if frozen:
             jax.block_until_ready(copied)  # what a failed copy left must not be kept
-            kept.update({name: x for name, x in _named_leaves(copied).items() if name in frozen})
+            kept.update({name: x for name, x in named_leaves(copied).items() if name in frozen})
         return copied, _nbytes(copied)
 
     return copy
@@ -75,7 +76,21 @@ def _copy_to(shardings: Any) -> Callable[[Any], Any]:
     return copy
 
 
-def _named_leaves(tree: Any) -> dict[str, Any]:
+def gather_leaves(leaves: Sequence[jax.Array]) -> list[np.ndarray]:
+    """Collective (`jaxvla.multihost`): copies of arrays on the leader's host, made one by one.
+
+    Args:
+      leaves: of the present parameters, on the learning mesh of one process or of several.
+
+    Returns:
+      Their values, which share no memory with them; nothing in the other processes.
+    """
+    found = [multihost.gather(leaf) for leaf in leaves]
+    return [value for value in found if value is not None]
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """Leaf path such as "decoder/kernel" -> leaf, in tree order."""
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
@@ -98,7 +113,7 @@ def spec_of(params: Params) -> dict[str, str]:
       ValueError: a leaf is no jax.Array.
     """
     spec = {}
-    for name, leaf in _named_leaves(params).items():
+    for name, leaf in named_leaves(params).items():
         if not isinstance(leaf, jax.Array):
             raise ValueError(f"leaf {name!r} is a {type(leaf).__name__}, not a jax.Array")
         spec[name] = f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"

@@ -1,0 +1,89 @@
+"""Where the programs of a run with `runtime.kind` "processes" or "ray" run: `config.runtime`. No
+jax."""
+
+import pathlib
+import re
+
+from jaxvla.config import ConfigError, ExperimentConfig, RuntimeConfig, override
+from jaxvla.endpoint import is_loopback
+
+KINDS = ("local", "processes", "ray")
+PLACEMENTS = ("", "PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
+"""Strategies of Ray's placement groups."""
+NODE = "node"
+"""As `runtime.host`: the address that Ray knows a machine by."""
+TLS_FILES = ("cert.pem", "key.pem")
+RESOURCES = ("learner_resources", "server_resources", "simulator_resources")
+
+
+def parse_resources(text: str) -> dict[str, float]:
+    """Ray resources of a setting such as "CPU=8,GPU=1".
+
+    Raises:
+      ValueError: it is no such list.
+    """
+    amounts: dict[str, float] = {}
+    for part in filter(None, text.split(",")):
+        match = re.fullmatch(r"([A-Za-z][A-Za-z0-9_.:-]*)=([0-9]+(?:\.[0-9]+)?)", part.strip())
+        if match is None or match[1] in amounts:
+            raise ValueError(f"{part!r} is not RESOURCE=AMOUNT, or is given twice")
+        amounts[match[1]] = float(match[2])
+    return amounts
+
+
+def validate_cluster(config: ExperimentConfig) -> None:
+    """Checks what needs neither Ray nor the network.
+
+    Raises:
+      ConfigError: a setting cannot work.
+    """
+    settings, simulation = config.runtime, config.simulation
+    for name in RESOURCES:
+        try:
+            parse_resources(getattr(settings, name))
+        except ValueError as error:
+            raise _error(settings, name, str(error), "CPU=1") from error
+    _require(settings, "host", _is_host(settings.host), "must be an address, or node", "127.0.0.1")
+    if simulation.num_groups % simulation.num_simulators:
+        raise ConfigError(
+            "simulation.num_simulators",
+            simulation.num_simulators,
+            f"must divide simulation.num_groups = {simulation.num_groups}",
+            override("simulation.num_simulators", 1),
+        )
+    if settings.kind == "local":
+        return
+    if config.serving.split_devices:
+        raise ConfigError(
+            "serving.split_devices",
+            True,
+            f"with runtime.kind = {settings.kind} every policy server has devices of its own",
+            override("serving.split_devices", False),
+        )
+    if settings.kind == "processes":
+        own = settings.host == "localhost" or is_loopback(settings.host)
+        _require(settings, "host", own, "must be this machine's with kind processes", "127.0.0.1")
+        _require(settings, "address", not settings.address, "is for kind ray", "")
+    if settings.tls_directory:
+        _require_files(settings)
+
+
+def _require_files(settings: RuntimeConfig) -> None:
+    directory = pathlib.Path(settings.tls_directory).expanduser()
+    missing = [name for name in TLS_FILES if not (directory / name).is_file()]
+    holds = not missing
+    _require(settings, "tls_directory", holds, f"lacks {' and '.join(missing)}", "")
+
+
+def _is_host(text: str) -> bool:
+    return re.fullmatch(r"[0-9A-Za-z_.:%-]+", text) is not None
+
+
+def _require(settings: RuntimeConfig, name: str, holds: bool, allowed: str, fix: object) -> None:
+    if not holds:
+        raise _error(settings, name, allowed, fix)
+
+
+def _error(settings: RuntimeConfig, name: str, allowed: str, fix: object) -> ConfigError:
+    value = getattr(settings, name)
+    return ConfigError(f"runtime.{name}", value, allowed, override(f"runtime.{name}", fix))

@@ -1,0 +1,87 @@
+"""Settings of runs with a process for every program."""
+
+import dataclasses
+import pathlib
+
+import pytest
+
+from jaxvla import config as c
+from jaxvla.cluster import parse_resources
+from jaxvla.config import ConfigError
+from jaxvla.main import load_config
+from jaxvla.validation import validate
+
+
+@pytest.mark.parametrize(
+    ("text", "amounts"),
+    [
+        ("", {}),
+        ("CPU=8", {"CPU": 8.0}),
+        ("CPU=8,GPU=0.5", {"CPU": 8.0, "GPU": 0.5}),
+        ("TPU=4, TPU-v5e-8-head=1", {"TPU": 4.0, "TPU-v5e-8-head": 1.0}),
+    ],
+)
+def test_resources(text: str, amounts: dict[str, float]):
+    assert parse_resources(text) == amounts
+
+
+@pytest.mark.parametrize("text", ["CPU", "CPU=", "=1", "CPU=-1", "CPU=1,CPU=2", "1=CPU", "CPU=x"])
+def test_wrong_resources(text: str):
+    with pytest.raises(ValueError, match="RESOURCE=AMOUNT"):
+        parse_resources(text)
+
+
+def _config(**runtime: object) -> c.ExperimentConfig:
+    config = load_config("configs/debug.py")
+    return dataclasses.replace(config, runtime=c.RuntimeConfig(**runtime))  # pyright: ignore
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"kind": "cluster"}, "runtime.kind"),
+        ({"kind": "ray", "placement": "NEAR"}, "runtime.placement"),
+        ({"kind": "ray", "host": "a b"}, "runtime.host"),
+        ({"kind": "processes", "host": "0.0.0.0"}, "runtime.host"),
+        ({"kind": "processes", "host": "node"}, "runtime.host"),
+        ({"kind": "processes", "address": "auto"}, "runtime.address"),
+        ({"kind": "ray", "learner_resources": "GPU"}, "runtime.learner_resources"),
+        ({"kind": "ray", "tls_directory": "/nowhere"}, "runtime.tls_directory"),
+        ({"kind": "ray", "max_restarts": -1}, "runtime.max_restarts"),
+        ({"kind": "ray", "silence_s": 0.0}, "runtime.silence_s"),
+        ({"kind": "ray", "restart_backoff_s": 0.0}, "runtime.restart_backoff_s"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(settings: dict[str, object], field: str):
+    with pytest.raises(ConfigError, match=f"config.{field}"):
+        validate(_config(**settings))
+
+
+@pytest.mark.parametrize("kind", ["local", "processes", "ray"])
+def test_settings_that_can(kind: str):
+    validate(_config(kind=kind))
+
+
+def test_tls_needs_both_files(tmp_path: pathlib.Path):
+    (tmp_path / "cert.pem").touch()
+    with pytest.raises(ConfigError, match=r"lacks key\.pem"):
+        validate(_config(kind="ray", tls_directory=str(tmp_path)))
+    (tmp_path / "key.pem").touch()
+    validate(_config(kind="ray", tls_directory=str(tmp_path)))
+
+
+def test_simulators_share_the_groups_evenly():
+    config = _config()
+    config.simulation.num_groups, config.simulation.num_simulators = 4, 3
+    with pytest.raises(ConfigError, match=r"config\.simulation\.num_simulators = 3"):
+        validate(config)
+    config.simulation.num_simulators = 2
+    validate(config)
+
+
+def test_servers_of_a_cluster_are_not_parts_of_one_mesh():
+    config = _config(kind="processes")
+    config.meshes.layout = "simulation=1 serving=2 learning=1"
+    config.serving.num_servers, config.serving.split_devices = 2, True
+    with pytest.raises(ConfigError, match=r"config\.serving\.split_devices"):
+        validate(config)
