@@ -1,4 +1,4 @@
-"""A simulator's way to a policy server in the same process."""
+"""A simulator's way to a policy server in the same process, and how it asks any server."""
 
 import logging
 import time
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -39,7 +39,29 @@ class Answer:
     """Weights that made the result."""
 
 
-class InferenceClient:
+class ServerLostError(RuntimeError):
+    """The policy server is gone, and with it the request. Ask again: that waits for the server."""
+
+
+class QueryClient(Protocol):
+    """Who sends chunk queries under one name, wherever the server is."""
+
+    name: str
+
+    def join(self) -> None:
+        """Counts as a live client from now on: batches are held back for its requests."""
+        ...
+
+    def leave(self) -> None:
+        """Stops counting, for the time in which the client waits for something else."""
+        ...
+
+    def submit(self, kind: str, observation: Observation, keys: np.ndarray) -> Future:
+        """Queues one request; the future gives an Answer. Raises as `Batcher.submit`."""
+        ...
+
+
+class InferenceClient(QueryClient):
     """Sends chunk queries under one name."""
 
     def __init__(self, batcher: Batcher, name: str):
@@ -47,15 +69,15 @@ class InferenceClient:
         self._batcher = batcher
 
     def join(self) -> None:
-        """Counts as a live client from now on: batches are held back for its requests."""
+        """See `QueryClient.join`."""
         self._batcher.register(self.name)
 
     def leave(self) -> None:
-        """Stops counting, for the time in which the client waits for something else."""
+        """See `QueryClient.leave`."""
         self._batcher.unregister(self.name)
 
     def submit(self, kind: str, observation: Observation, keys: np.ndarray) -> Future:
-        """Queues one request; the future gives an Answer. Raises as `Batcher.submit`."""
+        """See `QueryClient.submit`."""
         query = Query(observation=observation, keys=keys)
         return self._batcher.submit(rows=len(keys), client=self.name, kind=kind, payload=query)
 
@@ -66,7 +88,8 @@ def gather(
     """Asks for all, and waits for all answers.
 
     A request that the server turns away is asked again, a few times, whatever the others wait for:
-    it may be the one for which the server holds their batch back. Requests carry their random
+    it may be the one for which the server holds their batch back. One that was lost with its server
+    is asked again at once, for as long as its client has patience. Requests carry their random
     keys, so asking again changes no result.
 
     Args:
@@ -90,6 +113,9 @@ def gather(
         index, future = finished.get()
         try:
             answers[index] = future.result()
+        except ServerLostError as loss:
+            _LOG.warning("%s; asking again", loss)
+            ask(index)
         except (Busy, Expired) as refusal:
             pause_s = next(pauses_s[index], None)
             if pause_s is None:
@@ -104,7 +130,7 @@ def _ask(ask: Callable[[], Future]) -> Future:
     """A refusal becomes a future, so that the others are asked first."""
     try:
         return ask()
-    except Busy as refusal:
+    except (Busy, ServerLostError) as refusal:
         refused: Future[Answer] = Future()
         refused.set_exception(refusal)
         return refused

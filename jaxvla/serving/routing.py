@@ -1,4 +1,4 @@
-"""A simulator's way to one of several policy servers in the same process.
+"""A simulator's way to one of several policy servers.
 
 A client keeps its server while it has joined, which is a segment long. With a fixed map it is
 the same server every time. Without one (greedy) a client that joins gets the server with the
@@ -14,7 +14,7 @@ from concurrent.futures import Future
 
 import numpy as np
 
-from jaxvla.serving.client import InferenceClient
+from jaxvla.serving.client import QueryClient
 from jaxvla.transport.schedule import FREE, Schedule
 from jaxvla.types import Observation
 
@@ -75,10 +75,10 @@ class Router:
             self.schedule.left(client)
 
 
-class RoutedClient:
-    """An `InferenceClient` of whichever server the router says."""
+class RoutedClient(QueryClient):
+    """A `QueryClient` of whichever server the router says."""
 
-    def __init__(self, ways: Sequence[InferenceClient], router: Router, *, rows: int):
+    def __init__(self, ways: Sequence[QueryClient], router: Router, *, rows: int):
         """Args:
         ways: one client per server, all of one name.
         router: shared by all clients.
@@ -88,16 +88,16 @@ class RoutedClient:
         self._ways = ways
         self._router = router
         self._rows = rows
-        self._joined: InferenceClient | None = None
+        self._joined: QueryClient | None = None
 
     def join(self) -> None:
-        """See `InferenceClient.join`. Picks the server for the time until `leave`."""
+        """See `QueryClient.join`. Picks the server for the time until `leave`."""
         way = self._ways[self._router.join(self.name, self._rows)]
         way.join()
         self._joined = way
 
     def leave(self) -> None:
-        """See `InferenceClient.leave`."""
+        """See `QueryClient.leave`."""
         if self._joined is None:
             raise ValueError(f"client {self.name!r} is not registered")
         way, self._joined = self._joined, None
@@ -105,7 +105,7 @@ class RoutedClient:
         self._router.leave(self.name)
 
     def submit(self, kind: str, observation: Observation, keys: np.ndarray) -> Future:
-        """See `InferenceClient.submit`."""
+        """See `QueryClient.submit`."""
         if self._joined is None:
             raise ValueError(f"client {self.name!r} is not registered")
         future = self._joined.submit(kind, observation, keys)

@@ -19,7 +19,7 @@ from jaxvla.serving.batcher import Batch, Batcher
 from jaxvla.serving.client import Answer
 from jaxvla.serving.sampling import Sampler
 from jaxvla.telemetry.activity import ActivityMeter
-from jaxvla.telemetry.metrics import Distribution, Mean, MetricRecorder, Rate, Total
+from jaxvla.telemetry.metrics import Distribution, Mean, Rate, Recorder, Total
 from jaxvla.transport.base import WeightSubscription
 from jaxvla.transport.schedule import FREE_SERVER, Served, ServerSchedule
 from jaxvla.types import Params
@@ -47,7 +47,7 @@ class PolicyServer:
         sampler: Sampler,
         batcher: Batcher,
         subscribe: Callable[[Callable[[], None]], WeightSubscription],
-        recorder: MetricRecorder,
+        recorder: Recorder,
         meter: ActivityMeter,
         schedule: ServerSchedule = FREE_SERVER,
     ):

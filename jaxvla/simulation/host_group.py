@@ -11,7 +11,7 @@ import numpy as np
 from jaxvla.envs.host_pool import HostPool, HostResult
 from jaxvla.simulation.group import Cursor
 from jaxvla.simulation.unroll import TokenTable
-from jaxvla.telemetry.metrics import MetricRecorder, Total
+from jaxvla.telemetry.metrics import Recorder, Total
 from jaxvla.types import ChunkResult, EnvObservation, EnvSpec, Observation, stand_in
 
 _LOG = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class HostEnvGroup:
         first_env: int,
         num_executed: int,
         seed: int,
-        recorder: MetricRecorder,
+        recorder: Recorder,
         observe_final: bool = True,
         group_size: int = 0,
         num_starts: int = 1,

@@ -8,7 +8,7 @@ unblocked by  the learner's progress (credit), the policy server, close of the q
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +23,8 @@ from jaxvla.serving.routing import RoutedClient
 from jaxvla.simulation.assembler import SegmentAssembler, SegmentInfo
 from jaxvla.simulation.group import Cursor, EnvGroup
 from jaxvla.telemetry.activity import ActivityMeter
-from jaxvla.telemetry.metrics import MetricRecorder, Total
-from jaxvla.transport.base import Ticket, TrajectoryQueue
+from jaxvla.telemetry.metrics import Recorder, Total
+from jaxvla.transport.base import Ticket, TrajectorySink
 from jaxvla.types import Observation
 
 _LOG = logging.getLogger(__name__)
@@ -81,19 +81,20 @@ class Simulator:
         *,
         groups: list[EnvGroup],
         clients: list[RoutedClient],
-        queue: TrajectoryQueue,
+        queue: TrajectorySink,
         key: jax.Array,
         segment_length: int,
         overlap_rollout: bool,
-        recorder: MetricRecorder,
+        recorder: Recorder,
         meter: ActivityMeter,
         group_size: int = 0,
+        first_group: int = 0,
     ):
         """Args:
         groups: env groups, made with the same group size.
         clients: one per group.
         queue: where trajectories go.
-        key: typed root key of the simulator.
+        key: typed root key of all simulators.
         segment_length: chunk steps T per trajectory.
         overlap_rollout: see the class docstring.
         recorder: metrics.
@@ -101,10 +102,14 @@ class Simulator:
         group_size: see `SimulationConfig.group_size`. If positive, a trajectory holds whole
           episodes: the groups are reset before each one, no query is made once all episodes
           have ended, no critic is asked, and between trajectories there is nothing to save.
+        first_group: place of the first group among those of the run, which its sampling noise
+          belongs to, whatever simulator it is in.
         """
         self._lanes = [
             _Lane(group=group, client=client, key=rng.stream(key, "sampling", index))
-            for index, (group, client) in enumerate(zip(groups, clients, strict=True))
+            for index, (group, client) in enumerate(
+                zip(groups, clients, strict=True), start=first_group
+            )
         ]
         self._queue = queue
         self._segment_length = segment_length
@@ -113,7 +118,7 @@ class Simulator:
         self._meter = meter
         self._group_size = group_size
 
-    def restore(self, snapshots: dict[str, GroupSnapshot]) -> None:
+    def restore(self, snapshots: Mapping[str, GroupSnapshot]) -> None:
         """Continues groups from snapshots by group name; call before the threads start."""
         for lane in self._lanes:
             snapshot = snapshots.get(lane.group.name)

@@ -141,6 +141,14 @@ class ActivityMeter:
             self._reported = total
         return ActivitySnapshot(window=_activity(window), total=_activity(total))
 
+    def absorb(self, activity: Activity) -> None:
+        """Adds time of threads of another process, as if they had lived here."""
+        with self._lock:
+            for kind, seconds in (("busy", activity.busy_s), ("waiting", activity.waiting_s)):
+                for name, spent_s in seconds.items():
+                    state = kind, name
+                    self._seconds[state] = self._seconds.get(state, 0.0) + spent_s
+
     @contextlib.contextmanager
     def _block(self, state: _State) -> Iterator[None]:
         ledger = getattr(self._local, "ledger", None)

@@ -14,7 +14,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -187,7 +187,21 @@ class Distribution(Reduction):
         return exact | dict(zip(names, quantiles.tolist(), strict=True))
 
 
-class MetricRecorder:
+REDUCTIONS: Mapping[str, type[Reduction]] = {
+    kind.__name__: kind for kind in (Mean, Max, Min, Last, Sum, Total, Rate, Distribution)
+}
+"""By name."""
+
+
+class Recorder(Protocol):
+    """Where a program's values go, be it to the records themselves or on a way there."""
+
+    def add(self, name: str, value: Any, reduction: type[Reduction]) -> None:
+        """See `MetricRecorder.add`."""
+        ...
+
+
+class MetricRecorder(Recorder):
     """Gathers the values of all programs into records. Every method may be called by any thread."""
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic):
@@ -207,7 +221,7 @@ class MetricRecorder:
         Raises:
           ValueError: `name` breaks the contract, or has another reduction already.
         """
-        values = _flat(value)
+        values = flat(value)
         with self._lock:
             held = self._reduction(name, reduction)
             if values.size:
@@ -229,7 +243,7 @@ class MetricRecorder:
             for name, value in totals.items():
                 if name in self._reductions:
                     raise ValueError(f"metric {name!r} was counted before it was restored")
-                self._reduction(name, Total).add(_flat(value))
+                self._reduction(name, Total).add(flat(value))
 
     def flush(self, *, update: int, time_s: float, extra: Mapping[str, Number]) -> Record:
         """Ends the window and returns its record.
@@ -268,7 +282,7 @@ class MetricRecorder:
         return held
 
 
-def _flat(value: Any) -> np.ndarray:
+def flat(value: Any) -> np.ndarray:
     """`value` as int64 [n] when integer or boolean, else as float64 [n]."""
     values = np.ravel(np.asarray(value))
     return values.astype(np.int64 if values.dtype.kind in "biu" else np.float64)

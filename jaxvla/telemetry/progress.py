@@ -15,7 +15,7 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TextIO
+from typing import Protocol, TextIO
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -297,6 +297,30 @@ def _facts(view: _View) -> list[str]:
         f"staleness  {staleness}",
         *([f"faults     {', '.join(faults)}"] if faults else []),
     ]
+
+
+class RunScreen(Protocol):
+    """What a run shows things on: a `Screen`, or the way to the process that has it."""
+
+    def message(self, text: str) -> None:
+        """See `Screen.message`."""
+        ...
+
+    def phase(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """See `Screen.phase`."""
+        ...
+
+    def evaluated(self, record: Mapping[str, Number], *, update: int) -> None:
+        """See `Screen.evaluated`."""
+        ...
+
+    def update(self, record: Record) -> None:
+        """See `Screen.update`."""
+        ...
+
+    def final_summary(self, summary: RunSummary | SupervisedSummary) -> None:
+        """See `Screen.final_summary`."""
+        ...
 
 
 class Screen:

@@ -13,7 +13,8 @@ import json
 import pathlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from jaxvla.telemetry.writers import replacing
@@ -22,11 +23,23 @@ Span = tuple[str, float, float, dict[str, Any]]
 """Name, start and end in seconds of the tracer's clock, arguments."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Drained:
+    """Spans of one track on their way to another tracer."""
+
+    program: str
+    thread: str
+    spans: list[Span]
+    num_lost: int
+    """Older ones that were let go."""
+
+
 class _Track:
     """The newest spans of one thread."""
 
-    def __init__(self, max_spans: int):
-        self.owner = threading.current_thread()
+    def __init__(self, max_spans: int, owner: threading.Thread | None):
+        self.owner = owner
+        """None: a thread of another process."""
         self._spans: collections.deque[Span] = collections.deque(maxlen=max_spans)
         self._num_added = 0
         # Uncontended except while the trace is written.
@@ -37,10 +50,24 @@ class _Track:
             self._spans.append(span)
             self._num_added += 1
 
+    def extend(self, spans: Sequence[Span], num_lost: int) -> None:
+        """Adds spans, of which some more are missing."""
+        with self._lock:
+            self._spans.extend(spans)
+            self._num_added += len(spans) + num_lost
+
     def copy(self) -> tuple[list[Span], int]:
         """Spans held, and how many older ones were let go."""
         with self._lock:
             return list(self._spans), self._num_added - len(self._spans)
+
+    def take(self) -> tuple[list[Span], int]:
+        """The same, and forgets them."""
+        with self._lock:
+            spans, num_lost = list(self._spans), self._num_added - len(self._spans)
+            self._spans.clear()
+            self._num_added = 0
+        return spans, num_lost
 
 
 class Tracer:
@@ -68,8 +95,9 @@ class Tracer:
         with self._lock:
             for number in itertools.count(1):
                 key = (program, thread if number == 1 else f"{thread} ({number})")
-                track = self._tracks.setdefault(key, _Track(self._max_spans))
-                if track.owner is me or not track.owner.is_alive():
+                track = self._tracks.setdefault(key, _Track(self._max_spans, me))
+                owner = track.owner
+                if owner is me or (owner is not None and not owner.is_alive()):
                     track.owner = me
                     self._local.track = track
                     return
@@ -93,6 +121,24 @@ class Tracer:
         if not hasattr(self._local, "track"):
             self.name_thread("process", threading.current_thread().name)
         self._local.track.add((name, start_s, end_s, args))
+
+    def drain(self) -> list[Drained]:
+        """Takes all finished spans out, to be absorbed elsewhere."""
+        with self._lock:
+            tracks = list(self._tracks.items())
+        taken = [(*key, *track.take()) for key, track in tracks]
+        return [
+            Drained(program=program, thread=thread, spans=spans, num_lost=num_lost)
+            for program, thread, spans, num_lost in taken
+            if spans or num_lost
+        ]
+
+    def absorb(self, drained: Drained) -> None:
+        """Adds spans of a thread of another process, with times of this tracer's clock."""
+        key = drained.program, drained.thread
+        with self._lock:
+            track = self._tracks.setdefault(key, _Track(self._max_spans, None))
+        track.extend(drained.spans, drained.num_lost)
 
     def write(self, path: pathlib.Path) -> None:
         """Replaces `path` by the trace so far, atomically. Spans still open are not in it."""
@@ -141,6 +187,9 @@ class NullTracer(Tracer):
 
     def add(self, name: str, start_s: float, end_s: float, **args: Any) -> None:
         del name, start_s, end_s, args
+
+    def absorb(self, drained: Drained) -> None:
+        del drained
 
     def write(self, path: pathlib.Path) -> None:
         del path

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import jax
@@ -20,16 +21,23 @@ from jaxvla.transport.base import (
     QueueItem,
     Ticket,
     TrajectoryQueue,
-    WeightMetrics,
-    WeightStore,
     WeightSubscription,
 )
 from jaxvla.transport.schedule import FREE, Schedule, ServerSchedule
 from jaxvla.transport.staleness import CreditRule, TicketBook
-from jaxvla.transport.weight_copy import Copier, params_copier, spec_of
+from jaxvla.transport.weight_accounts import Account, AccountingStore
+from jaxvla.transport.weight_copy import Copier, params_copier
 from jaxvla.types import Params
 
 T = TypeVar("T")
+
+
+@dataclass(slots=True, eq=False)
+class _Turn:
+    """A place in the line of threads that wait for a ticket."""
+
+    owner: str
+    is_given_up: bool = False
 
 
 class InProcessQueue(TrajectoryQueue):
@@ -64,13 +72,13 @@ class InProcessQueue(TrajectoryQueue):
         self._schedule = schedule
         self._clock = clock
         self._changed = threading.Condition()
-        self._line: deque[object] = deque()
-        """One token per thread that waits for a ticket, first come first."""
+        self._line: deque[_Turn] = deque()
+        """One per thread that waits for a ticket, first come first."""
         self._is_closed = False
 
     def admit(self, owner: str, timeout_s: float | None = None) -> Ticket | None:
         """See `TrajectoryQueue.admit`."""
-        turn = object()
+        turn = _Turn(owner)
 
         def attempt(now_s: float) -> Ticket | None:
             if not self._schedule.may_admit(owner, is_first=self._line[0] is turn):
@@ -83,7 +91,7 @@ class InProcessQueue(TrajectoryQueue):
         with self._changed:
             self._line.append(turn)
             try:
-                return self._wait(attempt, timeout_s)
+                return self._wait(attempt, timeout_s, lambda: turn.is_given_up)
             finally:
                 self._line.remove(turn)
                 self._changed.notify_all()
@@ -126,6 +134,8 @@ class InProcessQueue(TrajectoryQueue):
         with self._changed:
             self._expire()
             num_failed = self._book.fail_owner(owner, reason)
+            for turn in self._line:
+                turn.is_given_up |= turn.owner == owner
             self._changed.notify_all()
         return num_failed
 
@@ -176,13 +186,18 @@ class InProcessQueue(TrajectoryQueue):
             self._book.load_state_dict(state, version)
             self._changed.notify_all()
 
-    def _wait(self, attempt: Callable[[float], T | None], timeout_s: float | None) -> T | None:
+    def _wait(
+        self,
+        attempt: Callable[[float], T | None],
+        timeout_s: float | None,
+        is_given_up: Callable[[], bool] = lambda: False,
+    ) -> T | None:
         """Repeats `attempt(now_s)` after every change until it gives a result, with the lock held.
 
-        Returns None on time-out or close.
+        Returns None on time-out, on close, or once the caller is given up.
         """
         end_s = math.inf if timeout_s is None else self._clock() + timeout_s
-        while not self._is_closed:
+        while not (self._is_closed or is_given_up()):
             self._expire()
             now_s = self._clock()
             result = attempt(now_s)
@@ -197,7 +212,7 @@ class InProcessQueue(TrajectoryQueue):
             self._changed.notify_all()
 
 
-class InProcessWeightStore(WeightStore):
+class InProcessWeightStore(AccountingStore):
     """A store that copies from the learner's devices to each server's.
 
     Publishing has two phases: all copies are made and awaited first, then one short critical
@@ -223,60 +238,38 @@ class InProcessWeightStore(WeightStore):
         schedule: Schedule = FREE,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._on_acknowledged = on_acknowledged
+        super().__init__(on_acknowledged, clock)
         self._trainable = trainable
         self._schedule = schedule
-        self._clock = clock
         self._publishing = threading.Lock()
-        """Serialises `publish` and `subscribe`; taken before `_changed`, held while copying."""
-        self._changed = threading.Condition()
-        """Guards everything below and in the subscriptions; never held while copying."""
+        """Serialises `publish` and `subscribe`; taken before `changed`, held while copying."""
         self._subscriptions: dict[str, InProcessSubscription] = {}
         self._newest: tuple[int, Params] | None = None
-        self._spec: dict[str, str] = {}
-        self._acknowledged_version: int | None = None
-        self._staged_s: dict[int, float] = {}
-        """When each version above the acknowledged one was staged."""
-        self._publish_ms = 0.0
-        self._pull_ms = 0.0
-        self._nbytes = 0
-        self._is_closed = False
-
-    @property
-    def latest_version(self) -> int | None:
-        """See `WeightStore.latest_version`."""
-        with self._changed:
-            return None if self._newest is None else self._newest[0]
-
-    @property
-    def acknowledged_version(self) -> int | None:
-        """See `WeightStore.acknowledged_version`."""
-        with self._changed:
-            return self._acknowledged_version
 
     def subscribe(
         self, name: str, shardings: Any, on_publish: Callable[[], None] | None = None
     ) -> "InProcessSubscription":
         """See `WeightStore.subscribe`."""
         with self._publishing:
-            if name in self._subscriptions:
-                raise ValueError(f"a weight subscription named {name!r} is live")
+            with self.changed:
+                self._require_free(name)
             schedule = self._schedule.server(name)
             copy = params_copier(shardings, self._trainable)
             subscription = InProcessSubscription(self, name, copy, on_publish, schedule)
             if self._newest is not None:
                 version, params = self._newest
                 subscription.stage(version, subscription.copy(params)[0])
-            with self._changed:
+            with self.changed:
+                self.open_account(subscription)
                 self._subscriptions[name] = subscription
         return subscription
 
     def publish(self, version: int, params: Params) -> None:
         """See `WeightStore.publish`."""
         with self._publishing:
-            start_s = self._clock()
+            start_s = self.clock()
             self._check(version, params)
-            with self._changed:
+            with self.changed:
                 live = list(self._subscriptions.values())
             copiers = [x.copy for x in live] or [
                 params_copier(jax.tree.map(lambda x: x.sharding, params))
@@ -287,43 +280,6 @@ class InProcessWeightStore(WeightStore):
             if subscription.on_publish is not None:
                 subscription.on_publish()
 
-    def wait_for(self, version: int, timeout_s: float | None = None) -> bool:
-        """See `WeightStore.wait_for`."""
-
-        def is_published() -> bool:
-            return self._newest is not None and self._newest[0] >= version
-
-        with self._changed:
-            self._changed.wait_for(lambda: self._is_closed or is_published(), timeout_s)
-            return is_published()
-
-    def metrics(self) -> WeightMetrics:
-        """See `WeightStore.metrics`."""
-        with self._changed:
-            return WeightMetrics(
-                publish_ms=self._publish_ms, pull_ms=self._pull_ms, nbytes=self._nbytes
-            )
-
-    def close(self) -> None:
-        """See `WeightStore.close`."""
-        with self._changed:
-            self._is_closed = True
-            self._changed.notify_all()
-
-    def _check(self, version: int, params: Params) -> None:
-        """Refuses old versions and trees unlike the first, before anything is copied."""
-        if version < 0 or (self._newest is not None and version <= self._newest[0]):
-            raise ValueError(f"weights version {version} after {self.latest_version}")
-        spec = spec_of(params)
-        if self._newest is None:
-            self._spec = spec
-        for name in sorted(self._spec.keys() | spec.keys()):
-            if self._spec.get(name) != spec.get(name):
-                raise ValueError(
-                    f"weights version {version}, leaf {name!r}: {spec.get(name, 'missing')}, but "
-                    f"{self._spec.get(name, 'no such leaf')} in the first version"
-                )
-
     def _stage(
         self,
         version: int,
@@ -332,35 +288,15 @@ class InProcessWeightStore(WeightStore):
         start_s: float,
     ) -> None:
         """Second phase of a publication: hands copy i to subscription i, if there are any."""
-        with self._changed:
+        with self.changed:
             for subscription, (params, _) in zip(live, made, strict=bool(live)):
                 subscription.stage(version, params)
             self._newest = version, made[0][0]
-            self._staged_s[version] = self._clock()
-            self._publish_ms = 1e3 * (self._staged_s[version] - start_s)
-            self._nbytes = sum(nbytes for _, nbytes in made)
-            self._changed.notify_all()
-
-    def _settle(self) -> None:
-        """Raises `acknowledged_version` to what all live subscriptions have swapped in.
-
-        A newcomer that has swapped nothing in (-1) holds it where it is: what it will pull is
-        at least that new, but may be older than what the others have by then.
-        """
-        with self._changed:
-            swapped = [x.acknowledged_version for x in self._subscriptions.values()]
-            version = min(swapped, default=-1)
-            known = -1 if self._acknowledged_version is None else self._acknowledged_version
-            if version <= known:
-                return
-            self._acknowledged_version = version
-            self._pull_ms = 1e3 * (self._clock() - self._staged_s[version])
-            self._staged_s = {v: t for v, t in self._staged_s.items() if v > version}
-        if self._on_acknowledged is not None:
-            self._on_acknowledged(version)
+            nbytes = sum(nbytes for _, nbytes in made)
+            self._published(version, start_s=start_s, nbytes=nbytes)
 
 
-class InProcessSubscription(WeightSubscription):
+class InProcessSubscription(Account, WeightSubscription):
     """A subscription of an `InProcessWeightStore`, whose lock guards the attributes."""
 
     def __init__(
@@ -371,15 +307,13 @@ class InProcessSubscription(WeightSubscription):
         on_publish: Callable[[], None] | None,
         schedule: ServerSchedule,
     ):
+        super().__init__(name)
         self._store = store
-        self.name = name
         self.copy = copy
         self.on_publish = on_publish
         self._schedule = schedule
         self._staged: dict[int, Params] = {}
         """The newest version, unless it was pulled; in a replay all that were not."""
-        self.pulled_version = -1
-        self.acknowledged_version = -1
 
     def stage(self, version: int, params: Params) -> None:
         """Makes a version ready to be pulled."""
@@ -389,7 +323,7 @@ class InProcessSubscription(WeightSubscription):
 
     def poll(self) -> tuple[int, Params] | None:
         """See `WeightSubscription.poll`."""
-        with self._store._changed:
+        with self._store.changed:
             version = self._schedule.pull(self._staged)
             if version is None:
                 return None
@@ -399,18 +333,12 @@ class InProcessSubscription(WeightSubscription):
 
     def acknowledge(self, version: int) -> None:
         """See `WeightSubscription.acknowledge`."""
-        with self._store._changed:
-            if version != self.pulled_version:
-                raise ValueError(
-                    f"{self.name} acknowledges version {version}, pulled {self.pulled_version}"
-                )
-            self.acknowledged_version = version
-        self._store._settle()
+        self._store.acknowledge(self, version)
 
     def close(self) -> None:
         """See `WeightSubscription.close`. Closing twice changes nothing."""
-        with self._store._changed:
+        with self._store.changed:
             if self._store._subscriptions.get(self.name) is self:
                 del self._store._subscriptions[self.name]
             self._staged.clear()
-        self._store._settle()
+        self._store.close_account(self)

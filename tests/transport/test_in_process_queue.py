@@ -185,6 +185,19 @@ def test_owner_that_gives_up_waiting_lets_the_next_one_pass():
     assert patient.result(TIMEOUT_S).owner == "patient"
 
 
+def test_owner_that_is_given_up_waits_no_longer():
+    queue = make_queue(per_update=1, max_staleness=0, clock=SignallingClock())
+    queue.admit("first")
+    dead = blocked(queue, lambda: queue.admit("dead"))
+    alive = blocked(queue, lambda: queue.admit("alive"))
+    assert queue.fail_owner("dead", "crash") == 0
+    assert dead.result(TIMEOUT_S) is None and not alive.done()
+    queue.advance(1)
+    assert alive.result(TIMEOUT_S).id == 1
+    queue.advance(2)
+    assert queue.admit("dead", timeout_s=0.0) is not None  # a successor may ask
+
+
 def test_close_wakes_every_blocked_call():
     queue = make_queue(per_update=1, max_staleness=0, clock=SignallingClock())
     ticket = queue.admit("first")
