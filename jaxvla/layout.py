@@ -79,6 +79,11 @@ class Layout:
         """Devices that the layout needs."""
         return max(role.devices.stop for role in self.roles.values())
 
+    def in_own_processes(self) -> "Layout":
+        """The same where every program has devices of its own: each role's begin at device 0."""
+        roles = {name: replace(role, first=0) for name, role in self.roles.items()}
+        return replace(self, roles=roles)
+
     @property
     def placement(self) -> str:
         """ "colocated" (all roles on the same devices), "disaggregated" (no two roles share a

@@ -3,7 +3,7 @@
 #   bash scripts/test.sh -m ""     with the slow tests, as CI does
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-ensure_environment "dev,openpi,data,libero"
+ensure_environment "dev,openpi,data,libero,ray"
 ensure_gl
 cd "$ROOT"
 "$PYTHON" -m ruff check .

@@ -99,6 +99,10 @@ class Blueprint:
             explore, self.params_struct(), self.observation_struct(num_rows), keys
         )
 
+    def value_struct(self, num_rows: int) -> jax.Array:
+        """Shape and dtype of the critic's answer."""
+        return stand_in(jax.ShapeDtypeStruct((num_rows,), np.float32))
+
     def trajectory_struct(self) -> Trajectory:
         """Shapes and dtypes of what a simulator makes per ticket."""
         simulation = self.config.simulation
@@ -304,6 +308,19 @@ class Training:
         return sharding.placed_structs(self.struct, self.placed)
 
 
+class Meshes(dict[str, Mesh]):
+    """Role -> mesh, made when it is first asked for: a process of one role may have no devices for
+    the others."""
+
+    def __init__(self, layout: Layout):
+        super().__init__()
+        self._layout = layout
+
+    def __missing__(self, role: str) -> Mesh:
+        mesh = self[role] = sharding.make_mesh(self._layout.roles[role])
+        return mesh
+
+
 class Parts:
     """Meshes and functions on devices, made on first use."""
 
@@ -313,9 +330,9 @@ class Parts:
         self.root = rng.root_key(self.config.seed)
 
     @functools.cached_property
-    def meshes(self) -> dict[str, Mesh]:
+    def meshes(self) -> "Meshes":
         """Role -> mesh."""
-        return {role: sharding.make_mesh(x) for role, x in self.blueprint.layout.roles.items()}
+        return Meshes(self.blueprint.layout)
 
     @functools.cached_property
     def samplers(self) -> tuple[Sampler, ...]:

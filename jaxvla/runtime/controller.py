@@ -21,7 +21,7 @@ import jax
 
 from jaxvla import rng
 from jaxvla.algorithms.base import Metrics
-from jaxvla.checkpoint import Restored
+from jaxvla.checkpoint import Restored, SaveError
 from jaxvla.config import to_dict
 from jaxvla.data.demonstrations import alternate, concatenate, num_samples, shuffled_batches
 from jaxvla.evaluation.evaluator import Evaluator
@@ -29,19 +29,17 @@ from jaxvla.learning.learner import Learner, NonFiniteError, Progress
 from jaxvla.learning.train_state import TrainState
 from jaxvla.learning.warm_start import fit
 from jaxvla.runtime.build import Blueprint, Parts, Training
+from jaxvla.runtime.crew import Crew, LocalCrew
 from jaxvla.runtime.groups import Groups
 from jaxvla.runtime.local import LocalRuntime, ProgramFailedError
-from jaxvla.runtime.policy_servers import PolicyServers
 from jaxvla.runtime.self_check import LogProbCheck, PolicyMismatchError
 from jaxvla.runtime.telemetry import Telemetry
-from jaxvla.serving.adaptive import Tuner
-from jaxvla.serving.batcher import Batcher
-from jaxvla.simulation.simulator import GroupSnapshot, Simulator
-from jaxvla.telemetry.progress import RunSummary, Screen
+from jaxvla.simulation.simulator import GroupSnapshot
+from jaxvla.telemetry.metrics import Total
+from jaxvla.telemetry.progress import RunScreen, RunSummary
 from jaxvla.telemetry.writers import RunInfo
-from jaxvla.transport.base import WeightStore
-from jaxvla.transport.in_process import InProcessQueue, InProcessWeightStore
-from jaxvla.transport.schedule import FREE, Schedule, ServerSchedule
+from jaxvla.transport.in_process import InProcessQueue
+from jaxvla.transport.schedule import FREE, Schedule
 from jaxvla.transport.staleness import StalenessViolation, credit_rule
 from jaxvla.types import Params, SupervisedBatch
 
@@ -62,10 +60,11 @@ class Controller:
         blueprint: Blueprint,
         *,
         workdir: pathlib.Path,
-        screen: Screen,
+        screen: RunScreen,
         stop_requested: threading.Event,
         command: str,
         schedule: Schedule = FREE,
+        make_crew: Callable[[Parts, Groups, Telemetry, Schedule], Crew] = LocalCrew,
     ):
         """Args:
         blueprint: what to run.
@@ -74,6 +73,7 @@ class Controller:
         stop_requested: set by signals.
         command: the command line; it also continues the run.
         schedule: to record or replay a run, which must be a new one.
+        make_crew: the simulators and policy servers of the run.
         """
         self.config = blueprint.config
         self._parts = Parts(blueprint)
@@ -89,17 +89,16 @@ class Controller:
         self._groups = Groups(
             self._parts, log_dir=workdir / "logs", recorder=self._telemetry.recorder
         )
+        self._failed_saves = 0
+        """In a row."""
         self._before: dict[str, Any] | None = None
         self._after: dict[str, Any] | None = None
         self._training = self._parts.training(self.config.optimizer)
         self._rule = credit_rule(self.config)
         lease_s = float("inf") if schedule.is_replay else self.config.simulation.lease_s
         self._queue = InProcessQueue(self._rule, lease_s=lease_s, schedule=schedule)
-        self._store: WeightStore = InProcessWeightStore(
-            on_acknowledged=self._queue.advance,
-            trainable=self.config.optimizer.trainable,
-            schedule=schedule,
-        )
+        self._crew = make_crew(self._parts, self._groups, self._telemetry, schedule)
+        self._store = self._crew.make_store(self._queue.advance)
         self._evaluator = Evaluator(
             config=self.config.evaluation,
             sampler=self._parts.sampler,
@@ -120,6 +119,7 @@ class Controller:
             try:
                 return self._run(restored)
             finally:
+                self._crew.close()
                 self._telemetry.write_trace()
                 self._checkpointer.close()
 
@@ -149,7 +149,11 @@ class Controller:
             self._close_books("failed", f"{type(error).__name__}: {error}")
             raise
         if learner is not None and code in (EXIT_FINISHED, EXIT_STOPPED):
-            self._save(learner)
+            try:
+                self._save(learner)
+            except SaveError as error:  # nobody would try again
+                outcome, detail, code = "failed", str(error), EXIT_FAILED
+                self._screen.message(f"error: {detail}")
         self._close_books(outcome, detail)
         return code
 
@@ -307,37 +311,17 @@ class Controller:
 
     def _train(self, learner: Learner) -> None:
         """Evaluates the starting point, then runs the programs until the learner ends."""
-        servers = PolicyServers(
-            self._parts,
-            make_batcher=self._batcher,
-            store=self._store,
-            recorder=self._telemetry.recorder,
-            meter=self._telemetry.meters["serving"],
-            schedule=self._schedule,
-        )
+        self._crew.attach(self._queue)
         learner.publish_current()
         if learner.progress.version == 0 and self._before is None:
             self._before = self._evaluate(learner, is_final=False)
             if self._stop_requested.is_set():
                 raise StoppedError
-            self._save(learner)
+            self._try_to_save(learner)
         if learner.progress.version >= self.config.learning.num_updates:
             return
-        groups = self._groups.training()
-        simulator = Simulator(
-            groups=groups,
-            clients=servers.clients(groups),
-            queue=self._queue,
-            key=rng.stream(self._parts.root, "simulator", 0),
-            segment_length=self.config.simulation.segment_length,
-            overlap_rollout=self.config.schedule.overlap_rollout,
-            recorder=self._telemetry.recorder,
-            meter=self._telemetry.meters["simulation"],
-            group_size=self.config.simulation.group_size,
-        )
-        simulator.restore(self._snapshots)
+        programs = (*self._crew.programs(self._snapshots), learner)
         self._telemetry.begin_training()
-        programs = (*servers.programs, simulator, learner)
         try:
             LocalRuntime(self._stop_requested).run(
                 programs, self._telemetry.meters, learner, self.config.runtime.grace_s / 2
@@ -347,28 +331,6 @@ class Controller:
             self._store.close()
             for program in programs:
                 program.close()
-
-    def _batcher(self, schedule: ServerSchedule) -> Batcher:
-        """Dynamic batching, or lockstep: one batch when every client has asked.
-
-        A replay has no use for timers.
-        """
-        serving, simulation = self.config.serving, self.config.simulation
-        total = simulation.envs_per_group * simulation.num_groups
-        is_dynamic = self.config.schedule.overlap_rollout and not schedule.is_replay
-        deadline_s = serving.deadline_ms / 1e3 or float("inf")
-        tuner = Tuner(
-            buckets=serving.buckets, max_rows=serving.max_batch, longest_wait_s=deadline_s / 2
-        )
-        return Batcher(
-            trigger_rows=serving.trigger_size if is_dynamic else serving.max_batch,
-            max_wait_s=serving.max_wait_ms / 1e3 if is_dynamic else float("inf"),
-            max_rows=serving.max_batch,
-            capacity_rows=max(total, serving.max_batch),
-            deadline_s=float("inf") if schedule.is_replay else deadline_s,
-            tuner=tuner if is_dynamic and serving.batching == "adaptive" else None,
-            schedule=schedule,
-        )
 
     def _on_update(self, learner: Learner) -> None:
         """After every update, in the learner's thread: record, evaluation, checkpoint."""
@@ -394,7 +356,7 @@ class Controller:
                 self._schedule.restarted(f"{count:g} env processes ({name})")
         if version % config.checkpoint.interval == 0:
             with meter.waiting("checkpoint"):
-                self._save(learner)
+                self._try_to_save(learner)
 
     def _evaluate(self, learner: Learner, *, is_final: bool) -> dict[str, Any] | None:
         """The deterministic policy on the fixed episodes; videos of the final one.
@@ -416,8 +378,26 @@ class Controller:
 
     # -------------------------------------------------------------------- after training
 
+    def _try_to_save(self, learner: Learner) -> None:
+        """Writes a checkpoint, or goes on without, for a few times: a full disk may be cleared.
+
+        Raises:
+          SaveError: it failed `checkpoint.max_failed_saves` times in a row.
+        """
+        try:
+            self._save(learner)
+        except SaveError as error:
+            self._failed_saves += 1
+            self._telemetry.recorder.add("faults/failed_saves", 1, Total)
+            allowed = self.config.checkpoint.max_failed_saves
+            if self._failed_saves >= allowed:
+                raise
+            self._screen.message(f"error: {error} ({self._failed_saves} of {allowed} in a row)")
+        else:
+            self._failed_saves = 0
+
     def _save(self, learner: Learner) -> None:
-        """Writes a checkpoint of the present version."""
+        """Writes a checkpoint of the present version; raises SaveError."""
         progress = learner.progress
         arrays = {
             "state": learner.state,

@@ -9,12 +9,26 @@ import jax
 import numpy as np
 
 from jaxvla import rng
+from jaxvla.config import SimulationConfig
 from jaxvla.envs.base import device_scenes
 from jaxvla.runtime.build import Parts
 from jaxvla.simulation.demonstrator import Demonstrator
 from jaxvla.simulation.group import DeviceEnvGroup, DeviceStepper, EnvGroup
 from jaxvla.simulation.host_group import HostEnvGroup
-from jaxvla.telemetry.metrics import MetricRecorder
+from jaxvla.telemetry.metrics import Recorder
+
+_PREFIX = "group_"
+
+
+def group_name(index: int) -> str:
+    """Of the env group at a place among those of the run."""
+    return f"{_PREFIX}{index}"
+
+
+def groups_of(simulator: int, config: SimulationConfig) -> range:
+    """Places of a simulator's groups among those of the run."""
+    size = config.num_groups // config.num_simulators
+    return range(simulator * size, (simulator + 1) * size)
 
 
 class Groups:
@@ -23,7 +37,7 @@ class Groups:
     Group i of a device env plays scene i mod n of its n scenes.
     """
 
-    def __init__(self, parts: Parts, *, log_dir: pathlib.Path, recorder: MetricRecorder):
+    def __init__(self, parts: Parts, *, log_dir: pathlib.Path, recorder: Recorder):
         self._parts = parts
         self._env = parts.blueprint.env
         self._scenes = device_scenes(self._env)
@@ -75,9 +89,10 @@ class Groups:
             for scene in self._scenes
         )
 
-    def training(self) -> list[EnvGroup]:
-        """The simulator's groups."""
-        return [self._make(f"group_{i}", i) for i in range(self._config.simulation.num_groups)]
+    def training(self, simulator: int) -> list[EnvGroup]:
+        """The groups of one simulator."""
+        places = groups_of(simulator, self._config.simulation)
+        return [self._make(group_name(i), i) for i in places]
 
     def evaluation(self) -> Iterator[EnvGroup]:
         """Groups for one evaluation, which together play all tasks. They repeat the same
@@ -88,7 +103,7 @@ class Groups:
 
     def targets(self, names: Iterable[str]) -> dict[str, Any]:
         """What a checkpoint must hold of the named groups: host arrays like their states."""
-        return {name: self._target(int(name.removeprefix("group_"))) for name in names}
+        return {name: self._target(int(name.removeprefix(_PREFIX))) for name in names}
 
     def _target(self, index: int) -> Any:
         if self._config.simulation.group_size:

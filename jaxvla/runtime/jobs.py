@@ -2,54 +2,42 @@
 
 import contextlib
 import functools
-import importlib.metadata
 import pathlib
-import platform
-import subprocess
 import sys
 import threading
-from typing import Any
 
 import jax
-import numpy as np
 
 from jaxvla.algorithms import ALGORITHMS
-from jaxvla.checkpoint import CorruptCheckpointError
-from jaxvla.config import ConfigError, ExperimentConfig, UsageError, override, to_dict
-from jaxvla.data.normalization import save_norm_stats
+from jaxvla.checkpoint import CorruptCheckpointError, SaveError
+from jaxvla.config import ConfigError, ExperimentConfig, UsageError, override
 from jaxvla.envs import ENVS
-from jaxvla.envs.base import GroundedEnv, device_scenes
-from jaxvla.learning.optimizer import make_optimizer
 from jaxvla.models import MODELS
-from jaxvla.runtime.build import Blueprint, Parts, draw_blueprint
+from jaxvla.runtime import jax_settings
+from jaxvla.runtime.build import Blueprint, draw_blueprint
+from jaxvla.runtime.checks import READERS, check_checkpoint, check_training
+from jaxvla.runtime.cluster import check_cluster, run_cluster
 from jaxvla.runtime.controller import Controller
 from jaxvla.runtime.dry_run import plan_lines
 from jaxvla.runtime.evaluate import (
     draw_judge,
     evaluate_checkpoint,
-    evaluated_target,
 )
 from jaxvla.runtime.export import check_export, export
-from jaxvla.runtime.finetune import checkpoint_target, finetune
-from jaxvla.runtime.finetune_data import must_record
-from jaxvla.runtime.finetune_training import check_finetune
-from jaxvla.runtime.groups import Groups
-from jaxvla.runtime.pretrained import CHECKPOINTS, PARAMS, STATS_FILE, check_initial_weights
+from jaxvla.runtime.finetune import finetune
+from jaxvla.runtime.pretrained import CHECKPOINTS, check_initial_weights
+from jaxvla.runtime.provenance import write_config
 from jaxvla.runtime.serve import check_endpoint, serve_policy
 from jaxvla.runtime.signals import stop_on_signals
-from jaxvla.telemetry.metrics import MetricRecorder
 from jaxvla.telemetry.progress import Screen
-from jaxvla.telemetry.writers import find_writers, write_json
+from jaxvla.telemetry.writers import find_writers
 from jaxvla.transport.schedule import Schedule
 from jaxvla.transport.schedule_file import ScheduleRecorder, ScheduleReplay
 from jaxvla.validation import validate_devices
 
-EXIT_FINISHED, EXIT_UNSAFE = 0, 4
+EXIT_FINISHED, EXIT_FAILED, EXIT_UNSAFE = 0, 1, 4
 _MAKERS = ("train", "finetune")
 """Jobs that make a policy in a work directory."""
-_READERS = ("evaluate", "serve", "export")
-"""Jobs that only read the policy of a work directory."""
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "mujoco", "mujoco-mjx", "numpy")
 
 
 def run(
@@ -96,27 +84,35 @@ def run(
         if job == "serve":
             check_endpoint(config)
     _check_flags(job, with_judge=with_judge, is_exporting=bool(export_dir or asset_id))
-    _check_schedules(record_schedule, replay_schedule, job, workdir)
+    _check_schedules(
+        record_schedule, replay_schedule, job=job, kind=config.runtime.kind, workdir=workdir
+    )
     replay = ScheduleReplay(replay_schedule) if replay_schedule else None
+    has_processes = job == "train" and config.runtime.kind != "local"
+    if has_processes:
+        check_cluster(config)
+        jax_settings.leave_accelerators()  # they are for the programs
     num_devices = _num_devices()  # before the env is made, which may put arrays on a device
-    if not is_dry_run:
+    if not is_dry_run and not has_processes:
         validate_devices(config, num_devices)
     blueprint, judge = _draw(config, workdir, with_judge)
     if replay is not None:
         replay.require(blueprint.config)
-    _check_training(blueprint, workdir, job)
+    check_training(blueprint, workdir, job)
     if is_dry_run:
         for line in plan_lines(blueprint):
             sys.stdout.write(line + "\n")
         return EXIT_FINISHED
-    _check_checkpoint(blueprint, workdir, job)
+    if has_processes:
+        return _run_processes(blueprint, config, workdir, command)
+    check_checkpoint(blueprint, workdir, job)
     export_dir = (export_dir or workdir / "openpi").expanduser()
     asset_id = asset_id or "physical-intelligence/libero"
     if job == "export":
         check_export(blueprint, export_dir, asset_id)
     if not (workdir / CHECKPOINTS).is_dir():
         check_initial_weights(blueprint.policy, blueprint.config.model, blueprint.identity)
-    _configure_jax(config)
+    jax_settings.configure(config)
     schedule = replay or _recorder(record_schedule, blueprint)
     try:
         if job == "export":
@@ -124,9 +120,9 @@ def run(
                 return export(blueprint, workdir, export_dir, asset_id, screen)
         with contextlib.closing(schedule):
             return _run(blueprint, job, workdir, command, schedule, judge)
-    except CorruptCheckpointError as error:
+    except (CorruptCheckpointError, SaveError) as error:
         sys.stderr.write(f"error: {error}\n")
-        return EXIT_UNSAFE
+        return EXIT_UNSAFE if isinstance(error, CorruptCheckpointError) else EXIT_FAILED
 
 
 def _check_flags(job: str, *, with_judge: bool, is_exporting: bool) -> None:
@@ -148,18 +144,6 @@ def _draw(
         raise
     except ValueError as error:  # an optional package, or a library of it, is missing
         raise UsageError(f"config.env.name = {config.env.name!r}: {error}") from error
-
-
-def _check_training(blueprint: Blueprint, workdir: pathlib.Path, job: str) -> None:
-    """Refuses settings that a job which trains cannot work with."""
-    if job == "train":
-        _check_groups(blueprint)
-        _check_learning(blueprint)
-    if job == "finetune":
-        check_finetune(blueprint, workdir)
-        if must_record(blueprint, workdir):
-            kind = blueprint.config.finetune.dataset.kind
-            _check_experts(blueprint, "finetune.dataset.kind", kind, "recorded")
 
 
 def _run(
@@ -189,9 +173,9 @@ def _run(
                 screen=screen,
                 stop_requested=stop_requested,
                 command=command,
-                write_config=functools.partial(_write_config, workdir=workdir),
+                write_config=functools.partial(write_config, workdir=workdir),
             )
-        _write_config(blueprint, workdir)
+        write_config(blueprint, workdir)
         return Controller(
             blueprint,
             workdir=workdir,
@@ -200,6 +184,20 @@ def _run(
             command=command,
             schedule=schedule,
         ).run()
+
+
+def _run_processes(
+    blueprint: Blueprint, config: ExperimentConfig, workdir: pathlib.Path, command: str
+) -> int:
+    """Runs training in a process for every program, which resolve the config themselves."""
+    stop_requested = threading.Event()
+    with (
+        stop_on_signals(stop_requested),
+        Screen(sys.stdout, num_updates=blueprint.config.learning.num_updates) as screen,
+    ):
+        return run_cluster(
+            config, workdir=workdir, screen=screen, stop_requested=stop_requested, command=command
+        )
 
 
 def _compile_tasks(config: ExperimentConfig) -> int:
@@ -241,118 +239,6 @@ def _num_devices() -> int:
         raise UsageError(f"JAX has no devices: {error}. Fix: JAX_PLATFORMS=cpu") from error
 
 
-def _check_groups(blueprint: Blueprint) -> None:
-    """Refuses a run in which some scenes would never be played."""
-    num_groups, num_scenes = (
-        blueprint.config.simulation.num_groups,
-        len(device_scenes(blueprint.env)),
-    )
-    if num_groups < num_scenes:
-        raise ConfigError(
-            "simulation.num_groups",
-            num_groups,
-            f"the tasks need {num_scenes} scenes, and every env group plays one",
-            override("simulation.num_groups", num_scenes),
-        )
-
-
-def _check_learning(blueprint: Blueprint) -> None:
-    """Refuses what only the parameters' names and the kind of env show."""
-    config = blueprint.config
-    make_optimizer(config.optimizer, blueprint.params_struct())
-    if not config.warm_start.num_steps:
-        return
-    section = "warm_start.optimizer"
-    make_optimizer(config.warm_start.optimizer, blueprint.params_struct(), section=section)
-    if not device_scenes(blueprint.env):
-        raise ConfigError(
-            "warm_start.num_steps",
-            config.warm_start.num_steps,
-            f"env {config.env.name!r} has no scripted expert to imitate",
-            override("warm_start.num_steps", 0),
-        )
-    num_steps = config.warm_start.num_steps
-    _check_experts(blueprint, "warm_start.num_steps", num_steps, 0)
-    if config.warm_start.num_grounding_steps:
-        _check_grounding(blueprint)
-
-
-def _check_experts(blueprint: Blueprint, name: str, value: Any, instead: Any) -> None:
-    """Refuses demonstrations of tasks that the env's expert cannot do.
-
-    Args:
-      blueprint: of the run.
-      name: of the setting that asks for demonstrations.
-      value: of that setting.
-      instead: a value that asks for none.
-    """
-    for scene in device_scenes(blueprint.env):
-        key, task = jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct((), np.int32)
-        try:
-            jax.eval_shape(lambda k, t, s=scene: s.expert_action(s.reset(k, t)), key, task)
-        except ValueError as error:
-            raise ConfigError(name, value, str(error), override(name, instead)) from error
-
-
-def _check_grounding(blueprint: Blueprint) -> None:
-    """Refuses grounding steps that nothing could be learned from."""
-    has_masks = all(isinstance(scene, GroundedEnv) for scene in device_scenes(blueprint.env))
-    if not has_masks or "grounding_head" not in blueprint.params_struct():
-        lacking = "the model has no grounding head" if has_masks else "the env gives no masks"
-        raise ConfigError(
-            "warm_start.num_grounding_steps",
-            blueprint.config.warm_start.num_grounding_steps,
-            lacking,
-            override("warm_start.num_grounding_steps", 0),
-        )
-
-
-def _check_checkpoint(blueprint: Blueprint, workdir: pathlib.Path, job: str) -> None:
-    """Refuses settings that do not fit the checkpoint to use, before anything compiles."""
-    parts = Parts(blueprint)
-
-    def target(record: dict[str, Any]) -> Any:
-        if "segments" not in record:
-            raise _of_another_job(workdir, "finetune")
-        groups = Groups(parts, log_dir=workdir / "logs", recorder=MetricRecorder())
-        training = parts.training(blueprint.config.optimizer)
-        return {"state": training.target(), "groups": groups.targets(record["segments"])}
-
-    def supervised_target(record: dict[str, Any]) -> Any:
-        if "segments" in record:
-            raise _of_another_job(workdir, "train")
-        return checkpoint_target(blueprint)
-
-    checkpointer = blueprint.checkpointer(workdir)
-    try:
-        if job in _READERS:
-            checkpointer.check(lambda _: evaluated_target(parts), within=PARAMS)
-        elif job == "finetune":
-            checkpointer.check(supervised_target)
-        else:
-            checkpointer.check(target)
-    finally:
-        checkpointer.close()
-
-
-def _of_another_job(workdir: pathlib.Path, job: str) -> UsageError:
-    return UsageError(
-        f"--workdir={workdir}: is one of --job={job}. Fix: --workdir=NEW_DIR "
-        f"{override('model.initial_weights', workdir)}"
-    )
-
-
-def _configure_jax(config: ExperimentConfig) -> None:
-    """Process-wide settings of JAX."""
-    cache = config.runtime.compilation_cache
-    if cache:
-        directory = pathlib.Path(cache).expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(directory))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    if config.runtime.matmul_precision != "default":
-        jax.config.update("jax_default_matmul_precision", config.runtime.matmul_precision)
-
-
 def _check_workdir(
     workdir: pathlib.Path, job: str, may_resume: bool, has_initial_weights: bool
 ) -> None:
@@ -364,7 +250,7 @@ def _check_workdir(
         raise UsageError(
             f"--workdir={workdir}: is not empty and --noresume was given. Fix: --workdir=NEW_DIR"
         )
-    if job in _READERS and not (workdir / CHECKPOINTS).is_dir() and not has_initial_weights:
+    if job in READERS and not (workdir / CHECKPOINTS).is_dir() and not has_initial_weights:
         raise UsageError(
             f"--workdir={workdir}: holds no checkpoints to {job}. Fix: run --job=train with it, or "
             "--config.model.initial_weights=CHECKPOINT"
@@ -372,7 +258,12 @@ def _check_workdir(
 
 
 def _check_schedules(
-    record: pathlib.Path | None, replay: pathlib.Path | None, job: str, workdir: pathlib.Path
+    record: pathlib.Path | None,
+    replay: pathlib.Path | None,
+    *,
+    job: str,
+    kind: str,
+    workdir: pathlib.Path,
 ) -> None:
     """Refuses schedules where there is none, and runs that do not begin at their beginning."""
     if record is None and replay is None:
@@ -382,6 +273,9 @@ def _check_schedules(
         raise UsageError(f"{flag} with --replay_schedule={replay}. Fix: give one of them")
     if job != "train":
         raise UsageError(f"{flag}: job {job!r} has no schedule. Fix: --job=train")
+    if kind != "local":
+        fix = override("runtime.kind", "local")
+        raise UsageError(f"{flag}: only threads of one process have a schedule. Fix: {fix}")
     if workdir.is_dir() and any(workdir.iterdir()):
         raise UsageError(
             f"{flag}: --workdir={workdir} is not empty, and a run that goes on from a checkpoint "
@@ -401,30 +295,3 @@ def _recorder(path: pathlib.Path | None, blueprint: Blueprint) -> Schedule:
         raise UsageError(
             f"--record_schedule={path}: {error}. Fix: --record_schedule=NEW_FILE"
         ) from error
-
-
-def _write_config(blueprint: Blueprint, workdir: pathlib.Path) -> None:
-    """config.json: the resolved config and what it ran on. norm_stats.json: what a policy needs
-    beside its weights."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_json(
-        workdir / "config.json",
-        {
-            "config": to_dict(blueprint.config),
-            "git_commit": _git_commit(),
-            "python": platform.python_version(),
-            "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
-            "devices": [str(device) for device in jax.devices()],
-        },
-    )
-    save_norm_stats(blueprint.stats, workdir / STATS_FILE)
-
-
-def _git_commit() -> str | None:
-    """Commit of the source tree, None outside of one."""
-    command = ["git", "-C", str(pathlib.Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        done: Any = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()

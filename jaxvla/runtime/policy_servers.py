@@ -4,14 +4,16 @@ import functools
 from collections.abc import Callable, Sequence
 
 from jaxvla.assignment import parse_assignment
+from jaxvla.config import ExperimentConfig
 from jaxvla.runtime.build import Parts
+from jaxvla.runtime.groups import group_name
 from jaxvla.serving.batcher import Batcher
 from jaxvla.serving.client import InferenceClient
 from jaxvla.serving.routing import RoutedClient, Router
 from jaxvla.serving.server import PolicyServer
 from jaxvla.simulation.group import EnvGroup
 from jaxvla.telemetry.activity import ActivityMeter
-from jaxvla.telemetry.metrics import MetricRecorder
+from jaxvla.telemetry.metrics import Recorder
 from jaxvla.transport.base import WeightStore
 from jaxvla.transport.schedule import FREE, Schedule, ServerSchedule
 
@@ -29,7 +31,7 @@ class PolicyServers:
         *,
         make_batcher: Callable[[ServerSchedule], Batcher],
         store: WeightStore,
-        recorder: MetricRecorder,
+        recorder: Recorder,
         meter: ActivityMeter,
         schedule: Schedule = FREE,
     ):
@@ -42,8 +44,7 @@ class PolicyServers:
           recorder, meter: of the serving role.
           schedule: of a run that is recorded or replayed.
         """
-        self._schedule = schedule
-        self._serving = parts.config.serving
+        self._router = make_router(parts.config, schedule)
         names = [f"server_{index}" for index in range(len(parts.samplers))]
         schedules = [schedule.server(name) for name in names]
         self._batchers = [make_batcher(part) for part in schedules]
@@ -64,17 +65,28 @@ class PolicyServers:
 
     def clients(self, groups: Sequence[EnvGroup]) -> list[RoutedClient]:
         """One client per env group, as `serving.assignment` says."""
-        servers = parse_assignment(
-            self._serving.assignment, num_groups=len(groups), num_servers=len(self.programs)
-        )
-        names = [group.name for group in groups]
-        fixed = None if servers is None else dict(zip(names, servers, strict=True))
-        router = Router(len(self.programs), fixed, self._schedule)
         return [
             RoutedClient(
                 [InferenceClient(batcher, group.name) for batcher in self._batchers],
-                router,
+                self._router,
                 rows=group.num_envs,
             )
             for group in groups
         ]
+
+
+def make_router(config: ExperimentConfig, schedule: Schedule = FREE) -> Router:
+    """Who asks which policy server, as `serving.assignment` says.
+
+    Args:
+      config: resolved.
+      schedule: of a run that is recorded or replayed.
+    """
+    num_groups, num_servers = config.simulation.num_groups, config.serving.num_servers
+    servers = parse_assignment(
+        config.serving.assignment, num_groups=num_groups, num_servers=num_servers
+    )
+    fixed = None
+    if servers is not None:
+        fixed = {group_name(index): server for index, server in enumerate(servers)}
+    return Router(num_servers, fixed, schedule)

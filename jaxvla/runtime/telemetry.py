@@ -13,7 +13,7 @@ from jaxvla.layout import ROLES
 from jaxvla.telemetry import program_log
 from jaxvla.telemetry.activity import Activity, ActivityMeter
 from jaxvla.telemetry.metrics import MetricRecorder, Number, Record
-from jaxvla.telemetry.progress import RunSummary, Screen, SupervisedSummary
+from jaxvla.telemetry.progress import RunScreen, RunSummary, SupervisedSummary
 from jaxvla.telemetry.tracing import NullTracer, Tracer
 from jaxvla.telemetry.writers import MetricWriter, RunInfo, open_writers, write_json
 from jaxvla.transport.base import Ledger, TrajectoryQueue, WeightStore
@@ -24,7 +24,7 @@ SUMMARY_STATES = ("finished", "stopped", "failed", "unsafe")
 class Telemetry:
     """Owns the recorder, one meter per role, the tracer and the metric writers of a run."""
 
-    def __init__(self, *, workdir: pathlib.Path, screen: Screen, is_tracing: bool):
+    def __init__(self, *, workdir: pathlib.Path, screen: RunScreen, is_tracing: bool):
         self.workdir = workdir
         self.screen = screen
         self.recorder = MetricRecorder()

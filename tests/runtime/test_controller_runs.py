@@ -25,12 +25,13 @@ from tiny_run import (
 )
 
 from jaxvla import config as c
+from jaxvla.checkpoint import SaveError
 from jaxvla.evaluation.evaluator import Evaluator
 from jaxvla.learning.learner import NonFiniteError
-from jaxvla.runtime.controller import Controller, _failure
+from jaxvla.runtime.controller import _failure
+from jaxvla.runtime.crew import make_batcher
 from jaxvla.runtime.local import ProgramFailedError
 from jaxvla.simulation.group import DeviceEnvGroup
-from jaxvla.transport.schedule import FREE_SERVER
 from jaxvla.transport.staleness import StalenessViolation, credit_rule
 from jaxvla.types import Params
 
@@ -264,6 +265,54 @@ class NanPolicy(TinyPolicy):
         return log_prob, entropy, jnp.nan * value
 
 
+def _fail_to_save(run: Run, versions: set[int]) -> None:
+    """Checkpoints of these versions cannot be written."""
+    save = run.controller._checkpointer.save
+
+    def saving(step: int, arrays: Any, record: dict[str, Any]) -> None:
+        if step in versions:
+            raise SaveError(f"checkpoint {step} could not be written: no space")
+        save(step, arrays, record)
+
+    run.controller._checkpointer.save = saving
+
+
+def test_a_run_goes_on_without_checkpoints_for_a_while(tmp_path: pathlib.Path) -> None:
+    blueprint = make_blueprint(
+        evaluation=NO_EVALUATION, checkpoint=c.CheckpointConfig(interval=1, max_failed_saves=3)
+    )
+    run = Run(tmp_path, blueprint)
+    _fail_to_save(run, {0, 1, 3})
+    run.expect(0)
+    assert run.steps() == [2, 4]
+    assert run.records()[-1]["faults/failed_saves"] == 3
+    told = [line for line in run.lines if "could not be written" in line]
+    assert [line.rpartition("(")[2] for line in told] == [
+        "1 of 3 in a row)",
+        "2 of 3 in a row)",
+        "1 of 3 in a row)",
+    ]
+
+
+def test_a_run_that_can_save_nothing_ends(tmp_path: pathlib.Path) -> None:
+    blueprint = make_blueprint(
+        evaluation=NO_EVALUATION, checkpoint=c.CheckpointConfig(interval=1, max_failed_saves=2)
+    )
+    run = Run(tmp_path, blueprint)
+    _fail_to_save(run, {1, 2, 3, 4})
+    run.expect(1)
+    assert run.steps() == [0]
+    assert "checkpoint 2 could not be written" in run.summary()["detail"]
+
+
+def test_a_last_checkpoint_that_fails_is_a_failure(tmp_path: pathlib.Path) -> None:
+    run = Run(tmp_path, make_blueprint(evaluation=NO_EVALUATION))
+    _fail_to_save(run, {4})
+    run.expect(1)
+    assert run.steps() == [0, 2]
+    assert run.summary()["outcome"] == "failed"
+
+
 def test_updates_that_stay_non_finite_stop_the_run(tmp_path: pathlib.Path) -> None:
     learning = c.LearningConfig(num_updates=9, max_skipped_updates=2)
     blueprint = make_blueprint(
@@ -315,17 +364,12 @@ def test_what_a_program_fails_of_decides_how_the_run_ends(
 # ------------------------------------------------------------------- wiring, nothing run
 
 
-def make_controller(tmp_path: pathlib.Path, **sections: Any) -> Controller:
-    return Run(tmp_path, make_blueprint(**sections)).controller
-
-
-def test_batches_form_dynamically_or_in_lockstep(tmp_path: pathlib.Path) -> None:
+def test_batches_form_dynamically_or_in_lockstep() -> None:
     serving = c.ServingConfig(trigger_size=2, max_wait_ms=20.0, max_batch=3, buckets=(3,))
     limits = {}
     for is_dynamic in (True, False):
         schedule = c.ScheduleConfig(overlap_rollout=is_dynamic)
-        controller = make_controller(tmp_path, serving=serving, schedule=schedule)
-        batcher = controller._batcher(FREE_SERVER)
+        batcher = make_batcher(make_blueprint(serving=serving, schedule=schedule).config)
         limits[is_dynamic] = (batcher._trigger_rows, batcher._max_wait_s, batcher._capacity_rows)
         assert batcher._max_rows == 3
     assert limits == {True: (2, 0.02, 4), False: (3, math.inf, 4)}

@@ -14,8 +14,8 @@ from jaxvla import main
 from jaxvla.checkpoint import CheckpointMismatchError
 from jaxvla.config import ConfigError, ExperimentConfig
 from jaxvla.envs.tabletop import TabletopConfig
-from jaxvla.runtime import jobs
 from jaxvla.runtime.build import Parts, draw_blueprint
+from jaxvla.runtime.checks import check_checkpoint
 from jaxvla.runtime.evaluate import draw_judge, restore_evaluated
 from jaxvla.runtime.groups import Groups
 from jaxvla.telemetry.metrics import MetricRecorder
@@ -68,7 +68,7 @@ def test_a_run_with_other_settings_evaluates_the_same_parameters(
 ) -> None:
     workdir, params = saved
     parts = _parts(**changes)
-    jobs._check_checkpoint(parts.blueprint, workdir, "evaluate")
+    check_checkpoint(parts.blueprint, workdir, "evaluate")
     restored = restore_evaluated(parts, workdir)
     assert restored is not None and restored.step == 3
     found = restored.arrays["state"]["params"]
@@ -88,16 +88,16 @@ def test_training_goes_on_with_the_same_settings_only(
     saved: tuple[pathlib.Path, Params], changes: dict[str, Any], leaf: str
 ) -> None:
     workdir, _ = saved
-    jobs._check_checkpoint(_parts().blueprint, workdir, "train")
+    check_checkpoint(_parts().blueprint, workdir, "train")
     with pytest.raises(CheckpointMismatchError, match=leaf):
-        jobs._check_checkpoint(_parts(**changes).blueprint, workdir, "train")
+        check_checkpoint(_parts(**changes).blueprint, workdir, "train")
 
 
 def test_parameters_of_another_model_are_refused(saved: tuple[pathlib.Path, Params]) -> None:
     workdir, _ = saved
     parts = _parts(model__value_widths=(8,))
     with pytest.raises(CheckpointMismatchError, match="state/params/value_head/"):
-        jobs._check_checkpoint(parts.blueprint, workdir, "evaluate")
+        check_checkpoint(parts.blueprint, workdir, "evaluate")
     with pytest.raises(CheckpointMismatchError, match="state/params/value_head/"):
         restore_evaluated(parts, workdir)
 

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxvla.config import ServingConfig
+from jaxvla.config import ServingConfig, SimulationConfig
+from jaxvla.runtime.groups import group_name
 from jaxvla.runtime.policy_servers import PolicyServers
 from jaxvla.runtime.program import ProgramState, ProgramThreads
 from jaxvla.serving.batcher import Batch, Batcher
@@ -88,7 +89,8 @@ class Rig:
         self.recorder = MetricRecorder(clock=self.clock)
         serving = ServingConfig(num_servers=2, assignment=assignment)
         parts: Any = SimpleNamespace(
-            samplers=self.samplers, config=SimpleNamespace(serving=serving)
+            samplers=self.samplers,
+            config=SimpleNamespace(serving=serving, simulation=SimulationConfig(num_groups=3)),
         )
         self.servers = PolicyServers(
             parts,
@@ -97,7 +99,7 @@ class Rig:
             recorder=self.recorder,
             meter=self.meter,
         )
-        groups: list[Any] = [SimpleNamespace(name=name, num_envs=2) for name in "abc"]
+        groups: list[Any] = [SimpleNamespace(name=group_name(i), num_envs=2) for i in range(3)]
         self.clients = dict(zip("abc", self.servers.clients(groups), strict=True))
         self.threads = [
             ProgramThreads(x, self.meter, lambda _: None) for x in self.servers.programs

@@ -96,7 +96,7 @@ def run(workdir: pathlib.Path, plan: Blueprint, before_step: BeforeStep, schedul
         group.step_chunk = step
         return group
 
-    made.controller._groups.training = lambda: [slowed(x) for x in make_groups()]
+    made.controller._groups.training = lambda index: [slowed(x) for x in make_groups(index)]
     return made
 
 

@@ -36,7 +36,7 @@ class PlainAlgorithm:
         self.sampler.compile(blueprint.params_struct(), blueprint.observation_struct(1))
         groups = Groups(parts, log_dir=log_dir, recorder=MetricRecorder())
         groups.steppers[0].compile()
-        self.groups = groups.training()
+        self.groups = groups.training(0)
         self.observations = [group.reset(Cursor()) for group in self.groups]
         simulator = rng.stream(parts.root, "simulator", 0)
         self.keys = [rng.stream(simulator, "sampling", i) for i in range(len(self.groups))]
