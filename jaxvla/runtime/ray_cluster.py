@@ -4,12 +4,16 @@ One actor for each, which does nothing but be that process: Ray places it, start
 when it has died. Everything else goes through connections of our own (docs/decisions/0014).
 """
 
+import contextlib
 import importlib.util
 import logging
+import os
 import threading
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
+
+import psutil
 
 from jaxvla.cluster import parse_resources
 from jaxvla.config import ConfigError, RuntimeConfig, override
@@ -20,6 +24,8 @@ _LOG = logging.getLogger(__name__)
 
 PLACEMENT_TIMEOUT_S = 600.0
 """For the cluster to have what a placement group asks for; autoscalers start machines for it."""
+_END_WAIT_S = 10.0
+"""For processes of a cluster of our own to be gone after it was shut down."""
 
 
 def check_ray(settings: RuntimeConfig) -> None:
@@ -53,8 +59,10 @@ class RayLauncher:
 
         self._ray = ray
         self._settings = settings
-        self._is_own = not ray.is_initialized()
-        if self._is_own:
+        self._processes: list[psutil.Process] = []
+        """Of actors of a cluster of our own, so on this machine."""
+        self._is_connected_here = not ray.is_initialized()
+        if self._is_connected_here:
             _init(ray, settings)
         self._group, self._bundles = None, _bundle_places(kinds)
         if settings.placement:
@@ -63,14 +71,24 @@ class RayLauncher:
     def launch(self, spec: ReplicaSpec, on_end: Callable[[str], None]) -> Launched:
         """See `Launcher.launch`."""
         actor = self._ray.remote(_ReplicaActor).options(**self._options(spec)).remote()
-        return _Actor(self._ray, actor, spec, on_end)
+        return _Actor(self._ray, actor, spec, on_end, self._started)
 
     def close(self) -> None:
         """See `Launcher.close`. A cluster that was there before stays."""
         if self._group is not None:
             self._ray.util.remove_placement_group(self._group)
-        if self._is_own:
-            self._ray.shutdown()
+        if not self._is_connected_here:
+            return
+        self._ray.shutdown()
+        # Ray's own shutdown waits for its daemons, not for the processes of actors.
+        for process in psutil.wait_procs(self._processes, timeout=_END_WAIT_S)[1]:
+            process.kill()
+
+    def _started(self, process_id: int) -> None:
+        """An actor, in this process of its machine."""
+        if not self._settings.address:
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has ended already
+                self._processes.append(psutil.Process(process_id))
 
     def _options(self, spec: ReplicaSpec) -> dict[str, Any]:
         """Of the actor: what it reserves, and where."""
@@ -104,6 +122,10 @@ class RayLauncher:
 class _ReplicaActor:
     """Is the process that a spec says."""
 
+    def process_id(self) -> int:
+        """On its machine."""
+        return os.getpid()
+
     def run(self, spec: str) -> None:
         """Until it ends."""
         # Not at the top: the process settings have to be made before jax is imported.
@@ -115,10 +137,19 @@ class _ReplicaActor:
 class _Actor:
     """An actor and the thread that waits for its end."""
 
-    def __init__(self, ray: Any, actor: Any, spec: ReplicaSpec, on_end: Callable[[str], None]):
+    def __init__(
+        self,
+        ray: Any,
+        actor: Any,
+        spec: ReplicaSpec,
+        on_end: Callable[[str], None],
+        on_start: Callable[[int], None],
+    ):
         self._ray = ray
         self._actor = actor
         self._on_end = on_end
+        self._on_start = on_start
+        self._process_id = actor.process_id.remote()
         self._result = actor.run.remote(spec.to_json())
         threading.Thread(target=self._wait, name=f"runtime/{spec.name}", daemon=True).start()
 
@@ -128,6 +159,7 @@ class _Actor:
 
     def _wait(self) -> None:
         try:
+            self._on_start(self._ray.get(self._process_id))
             self._ray.get(self._result)
             how = "its actor has returned"
         except Exception as error:  # of Ray, or of the process: either way it has ended
@@ -147,6 +179,8 @@ def _init(ray: Any, settings: RuntimeConfig) -> None:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 _node_ip_address="127.0.0.1",
+                # Ray's default, 15, is for machines that other people work on.
+                _system_config={"worker_niceness": 0},
             )
         return
     try:
