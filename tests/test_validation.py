@@ -122,7 +122,7 @@ _REFUSED = [
     },
     {"checkpoint__keep": 1},
     {"checkpoint__interval": 0},
-    {"runtime__kind": "ray"},
+    {"runtime__kind": "slurm"},
     {"runtime__grace_s": 0.0},
     {"runtime__matmul_precision": "best"},
     {"websocket__port": 65_536},
