@@ -1,5 +1,6 @@
 """Axes of charts: from values to pixels, with ticks at round values."""
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -128,14 +129,13 @@ def _log_ticks(low: float, high: float, max_ticks: int) -> list[float]:
     """Of 1, 2, 5 per decade, or of every n-th decade; the ends enclose low..high."""
     first, last = math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1
     fine = [_times(f, p) for p in range(first, last + 1) for f in (1, 2, 5)]
-    stride = 1 + (last - first - 2) // max_ticks
-    coarse = [_times(1, p) for p in range(first, last + stride, stride)]
-    for candidates in (fine, coarse):
+    coarse = ([_times(1, p) for p in range(first, last + n, n)] for n in itertools.count(1))
+    for candidates in itertools.chain([fine], coarse):
         start = max(i for i, tick in enumerate(candidates) if tick <= low * (1 + 1e-9))
         stop = min(i for i, tick in enumerate(candidates) if tick >= high * (1 - 1e-9))
         if stop - start + 1 <= max_ticks + 1:
-            break
-    return candidates[start : stop + 1]
+            return candidates[start : stop + 1]
+    raise AssertionError(f"no ticks for {low}..{high}")
 
 
 def _spread(low: float, high: float, *, is_log: bool) -> tuple[float, float]:
@@ -153,19 +153,22 @@ def _linear_labels(ticks: Sequence[float]) -> list[str]:
     largest, step = max(map(abs, ticks)), ticks[1] - ticks[0]
     if largest < 1e-3 or largest >= 1e10:
         return [short_number(tick) for tick in ticks]
-    scale, suffix = next(x for x in _SUFFIXES if largest >= 10 * x[0] or x[0] == 1)
+    scale, suffix = _scale(largest)
     decimals = max(0, -math.floor(math.log10(step / scale) + 1e-9))
     return [f"{tick / scale:.{decimals}f}{suffix if tick else ''}" for tick in ticks]
 
 
-_SUFFIXES = ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
+def _scale(value: float) -> tuple[float, str]:
+    """Unit in which a magnitude reads well; thousands from ten thousand on."""
+    scales = ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k"))
+    found = (unit for smallest, *unit in scales if value >= smallest)
+    scale, suffix = next(found, (1.0, ""))
+    return float(scale), str(suffix)
 
 
 def short_number(value: float) -> str:
     """Four significant digits at most, e.g. "0.25", "812", "12.3k", "2e-05"; "-" if not finite."""
     if not math.isfinite(value):
         return "-"
-    for scale, suffix in _SUFFIXES[:-1]:
-        if 10 * scale <= abs(value) < 1e4 * scale:
-            return f"{value / scale:.4g}{suffix}"
-    return f"{value:.4g}"
+    scale, suffix = _scale(abs(value))
+    return f"{value / scale:.4g}{suffix}"

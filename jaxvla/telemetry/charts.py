@@ -24,6 +24,7 @@ from jaxvla.telemetry.drawing import (
     ink_on,
     px,
     rect,
+    shade_of,
     shorten,
     text_at,
     tipped,
@@ -187,45 +188,49 @@ def stacked_bars(
     value_label: str,
     limits: tuple[float, float] | None = None,
     is_percent: bool = False,
+    parts: Sequence[str] = (),
 ) -> Html:
     """Horizontal bars of parts laid end to end, in a colour per part.
 
     Args:
-      rows: label -> part -> value >= 0. Parts get their colours in the order in which they
-        first appear. What is not finite has no length.
+      rows: label -> part -> value >= 0. What is not finite has no length.
       title, value_label: plain text, with units.
       limits: of the value axis, to be shown at least.
       is_percent: values are fractions.
+      parts: order of colours, legend and pieces; those that are not named follow in the order in
+        which they first appear.
 
     Raises:
       ValueError: a negative value.
     """
-    for label, parts in rows.items():
-        if negative := [f"{part} = {value}" for part, value in parts.items() if value < 0]:
+    for label, row in rows.items():
+        if negative := [f"{part} = {value}" for part, value in row.items() if value < 0]:
             raise ValueError(f"stacked bar {label!r} has a negative part: {', '.join(negative)}")
-    names = list(dict.fromkeys(part for parts in rows.values() for part in parts))
+    present = dict.fromkeys(part for row in rows.values() for part in row)
+    names = list(dict.fromkeys([*(part for part in parts if part in present), *present]))
     colors = colors_of(names)
     canvas = Canvas(title, names, rows=list(rows), is_bar=True)
-    finite = {
-        label: {part: v for part, v in parts.items() if math.isfinite(v)}
-        for label, parts in rows.items()
-    }
-    if not any(finite.values()):
+    lengths = [
+        {part: row[part] for part in names if math.isfinite(row.get(part, math.nan))}
+        for row in rows.values()
+    ]
+    if not any(lengths):
         return canvas.empty()
-    sums = [sum(parts.values()) for parts in finite.values()]
+    sums = [sum(row.values()) for row in lengths]
     x = canvas.value_axis([0.0, *sums], value_label, limits, is_percent)
-    for row, (label, parts) in enumerate(finite.items()):
-        middle, start = canvas.row_middle(row), 0.0
-        for part, value in parts.items():
-            text = amount(value, is_percent=is_percent)
+    for index, (label, row) in enumerate(zip(rows, lengths, strict=True)):
+        middle, start = canvas.row_middle(index), 0.0
+        for part, value in row.items():
+            text, shade = amount(value, is_percent=is_percent), shade_of(names.index(part))
             left, right = x(start), x(start + value)
-            canvas.add(bar(left, right, middle, colors[part], f"{label}, {part}: {text}"))
+            tip = f"{label}, {part}: {text}"
+            canvas.add(bar(left, right, middle, colors[part], tip, shade))
             if right - left > CHAR * len(text) + 4:
-                ink = f' fill="{ink_on(colors[part])}"'
+                ink = f' fill="{ink_on(colors[part])}"' if shade == 1 else ""
                 center = (left + right) / 2
                 canvas.add(text_at(center, middle + 4, text, anchor="middle", size=11, more=ink))
             start += value
-        if not parts:
+        if not row:
             canvas.add(text_at(x(0.0) + 6, middle + 4, "no data", more=FAINT))
     return canvas.svg()
 
@@ -263,7 +268,7 @@ def histogram(
     data, amounts = data[is_finite], amounts[is_finite]
     if data.size and not edges[0] <= data.min() <= data.max() <= edges[-1]:
         raise ValueError(f"values {data.min()}..{data.max()} beyond bins {edges[0]}..{edges[-1]}")
-    canvas = Canvas(title, [])
+    canvas = Canvas(title, [], headroom=14 if marks else 0)
     if not data.size:
         return canvas.empty()
     counts, _ = np.histogram(data, edges, weights=amounts)
@@ -283,9 +288,7 @@ def histogram(
         place = f"M{px(x(at))} {px(y.start_px)}V{px(y.end_px)}"
         stroke = f'stroke="{PALETTE[5]}" stroke-width="2" stroke-dasharray="5 4"'
         canvas.add(f'<path d="{place}" fill="none" {stroke}/>')
-        is_left = x(at) < (x.start_px + x.end_px) / 2
-        anchor = "start" if is_left else "end"
-        canvas.add(text_at(x(at) + (5 if is_left else -5), y.end_px + 11, text, anchor=anchor))
+        canvas.add(text_at(x(at), y.end_px - 4, text, anchor="middle", size=11))
     return canvas.svg()
 
 

@@ -26,7 +26,7 @@ FAINT = ' fill-opacity="0.6"'
 """Attribute of text that says that there is nothing."""
 
 WIDTH = 560
-CHAR = 6.4
+CHAR = 6.8
 """Width of a character of size 12, on average."""
 _HEIGHT = 290
 _RIGHT = 16
@@ -49,6 +49,7 @@ class Canvas:
         rows: Sequence[str] = (),
         is_bar: bool = False,
         right: float = _RIGHT,
+        headroom: float = 0.0,
     ):
         """Args:
         title: plain text.
@@ -56,11 +57,12 @@ class Canvas:
         rows: labels of horizontal bars, which the height then follows.
         is_bar: the legend shows boxes instead of lines.
         right: margin in pixels.
+        headroom: pixels above the axes, for text of the caller's.
         """
         self._title = title
         self._rows = rows
         entries, legend_height = _legend(legend, is_bar=is_bar)
-        self.top = 30 + legend_height
+        self.top = 30 + legend_height + headroom
         self.bottom = self.top + _BAR_ROW * len(rows) + 4 if rows else _HEIGHT - 42
         widest = max((len(row) for row in rows), default=0) * CHAR
         self.left = min(widest, _MAX_LABEL) + 14 if rows else 62.0
@@ -179,6 +181,11 @@ def colors_of(names: Iterable[str]) -> dict[str, str]:
     return dict(zip(names, itertools.cycle(PALETTE), strict=False))
 
 
+def shade_of(index: int) -> float:
+    """Opacity that tells parts of the same colour apart."""
+    return (1.0, 0.5, 0.25)[index // len(PALETTE) % 3]
+
+
 def dash_of(index: int) -> str:
     """Attribute that tells series of the same colour apart."""
     patterns = ("", "7 4", "2 3", "9 3 2 3")
@@ -242,18 +249,23 @@ def tipped(mark: str, tip: str) -> str:
     return f"<g><title>{escape(tip)}</title>{mark}</g>"
 
 
-def rect(left: float, top: float, width: float, height: float, color: str) -> str:
+def rect(
+    left: float, top: float, width: float, height: float, color: str, opacity: float = 1.0
+) -> str:
     """A filled box; sizes below zero count as zero."""
+    shade = f' fill-opacity="{opacity}"' if opacity < 1 else ""
     return (
         f'<rect x="{px(left)}" y="{px(top)}" width="{px(max(width, 0.0))}" '
-        f'height="{px(max(height, 0.0))}" fill="{color}"/>'
+        f'height="{px(max(height, 0.0))}" fill="{color}"{shade}/>'
     )
 
 
-def bar(from_px: float, to_px: float, middle: float, color: str, tip: str) -> str:
+def bar(
+    from_px: float, to_px: float, middle: float, color: str, tip: str, opacity: float = 1.0
+) -> str:
     """A horizontal bar with a tooltip."""
     left, width = min(from_px, to_px), abs(to_px - from_px)
-    return tipped(rect(left, middle - 9, width, 18, color), tip)
+    return tipped(rect(left, middle - 9, width, 18, color, opacity), tip)
 
 
 def whisker(low_px: float, high_px: float, middle: float) -> str:
@@ -288,9 +300,10 @@ def _legend(names: Sequence[str], *, is_bar: bool) -> tuple[list[str], float]:
         if x > 16 and x + width > WIDTH:
             x, row = 16.0, row + 1
         y = 34 + _LEGEND_ROW * row
+        look = f' stroke-opacity="{shade_of(index)}"' if is_bar else dash_of(index)
         stroke = f'stroke="{colors[index % len(colors)]}" stroke-width="{10 if is_bar else 3}"'
         parts.append(
-            f'<path d="M{px(x)} {px(y)}h18" fill="none" {stroke}{dash_of(index)}/>'
+            f'<path d="M{px(x)} {px(y)}h18" fill="none" {stroke}{look}/>'
             + tipped(text_at(x + 23, y + 4, shown), name)
         )
         x += width

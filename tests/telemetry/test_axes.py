@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxvla.telemetry.axes import fit_axis, round_ticks, short_number
@@ -17,6 +17,7 @@ def test_known_ticks():
     assert round_ticks(1200.0, 8300.0, 6) == [0.0, 2000.0, 4000.0, 6000.0, 8000.0, 10000.0]
 
 
+@settings(deadline=None)
 @given(_VALUES, _VALUES, st.integers(2, 12))
 def test_ticks_enclose_the_range_and_are_round(a, b, max_ticks):
     low, high = min(a, b), max(a, b)
@@ -33,6 +34,7 @@ def test_ticks_enclose_the_range_and_are_round(a, b, max_ticks):
         assert abs(tick / step - round(tick / step)) < 1e-5
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(1e-6, 1e9), min_size=1), st.integers(2, 10))
 def test_logarithmic_axes_enclose_the_values(values, max_ticks):
     axis = fit_axis(values, start_px=0.0, end_px=100.0, is_log=True, max_ticks=max_ticks)

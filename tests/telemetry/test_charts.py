@@ -34,7 +34,7 @@ def test_a_line_goes_through_its_points():
     assert "success: 0.45 at 2" in chart.tips()
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(
     st.lists(st.floats(-1e6, 1e6).filter(lambda v: v == 0 or abs(v) > 1e-3), min_size=2),
     st.booleans(),

@@ -1,42 +1,10 @@
 """Pages hold together and nothing in them is taken for markup."""
 
-import html.parser
-
 import pytest
+from read_page import read
 
 from jaxvla.telemetry import html as pages
 from jaxvla.telemetry.charts import line_chart
-
-_VOID = {"meta"}
-
-
-class Reader(html.parser.HTMLParser):
-    """Checks that tags close in order; keeps text by tag."""
-
-    def __init__(self):
-        super().__init__()
-        self.open, self.seen, self.texts = [], [], []
-
-    def handle_starttag(self, tag, attrs):
-        self.seen.append((tag, dict(attrs)))
-        if tag not in _VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if data.strip():
-            self.texts.append((self.open[-1], data))
-
-
-def read(text):
-    reader = Reader()
-    reader.feed(text)
-    reader.close()
-    assert reader.open == []
-    return reader
-
 
 EVIL = "<script>alert('1')</script>&\"\x07"
 
