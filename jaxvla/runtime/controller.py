@@ -3,7 +3,7 @@
     restore or start anew -> warm start -> evaluate -> programs run -> evaluate -> summary
 
 consumes    a blueprint, an empty or used work directory
-produces    checkpoints, metrics.jsonl, summary.json, trace.json, videos, the screen
+produces    checkpoints, metrics.jsonl, summary.json, trace.json, report.html, videos, the screen
 waits for   the learner's last update, a failure, or a signal
 unblocked by  the programs
 """
@@ -37,6 +37,7 @@ from jaxvla.runtime.telemetry import Telemetry
 from jaxvla.simulation.simulator import GroupSnapshot
 from jaxvla.telemetry.metrics import Total
 from jaxvla.telemetry.progress import RunScreen, RunSummary
+from jaxvla.telemetry.report import try_to_write_report
 from jaxvla.telemetry.writers import RunInfo
 from jaxvla.transport.in_process import InProcessQueue
 from jaxvla.transport.schedule import FREE, Schedule
@@ -122,6 +123,7 @@ class Controller:
                 self._crew.close()
                 self._telemetry.write_trace()
                 self._checkpointer.close()
+                try_to_write_report(self._workdir)
 
     def _run(self, restored: Restored | None) -> int:
         """The run itself; its books are closed whatever happens."""

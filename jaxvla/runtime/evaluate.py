@@ -14,6 +14,7 @@ from jaxvla.runtime.pretrained import restore_params
 from jaxvla.sharding import placed_structs
 from jaxvla.telemetry.metrics import MetricRecorder
 from jaxvla.telemetry.progress import Screen
+from jaxvla.telemetry.report import try_to_write_report
 from jaxvla.telemetry.writers import write_json
 from jaxvla.types import Params
 
@@ -101,7 +102,7 @@ def evaluate_checkpoint(
     stop_requested: threading.Event,
     judge: Blueprint | None = None,
 ) -> int:
-    """Writes eval.json and videos; returns the exit code of the contract.
+    """Writes eval.json and videos, and the report again; returns the exit code of the contract.
 
     Args:
       blueprint: of the run.
@@ -139,6 +140,8 @@ def evaluate_checkpoint(
         record["judge"] = {"env": judge.config.env.name, **judged[0].record()}
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(workdir / "eval.json", record)
+    if (workdir / "metrics.jsonl").is_file():  # not a policy that was brought from elsewhere
+        try_to_write_report(workdir)
     screen.message("\n".join(table(results)))
     screen.message(f"videos in {workdir / 'videos'}")
     return EXIT_FINISHED

@@ -3,7 +3,8 @@
     record or open the data -> statistics -> restore or start anew -> evaluate -> steps -> evaluate
 
 consumes    a blueprint, demonstrations, an empty or used work directory
-produces    checkpoints, norm_stats.json, metrics.jsonl, summary.json, videos, the screen
+produces    checkpoints, norm_stats.json, metrics.jsonl, summary.json, report.html, videos,
+            the screen
 waits for   the thread that reads data, the device, or a signal
 unblocked by  that thread, which ends with the steps
 """
@@ -53,6 +54,7 @@ from jaxvla.runtime.pretrained import STATS_FILE
 from jaxvla.runtime.telemetry import Telemetry
 from jaxvla.telemetry.metrics import Mean, Rate, Total
 from jaxvla.telemetry.progress import Screen, SupervisedSummary
+from jaxvla.telemetry.report import try_to_write_report
 from jaxvla.telemetry.writers import RunInfo
 from jaxvla.types import SupervisedBatch
 
@@ -189,6 +191,7 @@ class Finetuning:
             finally:
                 self._telemetry.write_trace()
                 self._checkpointer.close()
+                try_to_write_report(self._workdir)
 
     def _run(self, found: Restored | None) -> int:
         """The run itself; its books are closed whatever happens."""

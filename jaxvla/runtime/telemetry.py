@@ -1,5 +1,6 @@
 """Everything a training run reports, in one place: meters, records, screen, files."""
 
+import collections
 import contextlib
 import json
 import pathlib
@@ -32,6 +33,7 @@ class Telemetry:
         self.meters = {role: ActivityMeter(role, tracer=self.tracer) for role in ROLES}
         self.last_record: Record = {}
         self.max_staleness = 0
+        self._staleness_counts: collections.Counter[int] = collections.Counter()
         self._update = 0
         self._writers: list[MetricWriter] = []
         self._start_s = time.monotonic()
@@ -60,6 +62,7 @@ class Telemetry:
             "totals": self.recorder.totals(),
             "time_s": self.time_s,
             "max_staleness": self.max_staleness,
+            "staleness_counts": self._named_staleness_counts(),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -67,6 +70,9 @@ class Telemetry:
         self.recorder.restore(state["totals"])
         self._earlier_s = state["time_s"]
         self.max_staleness = state["max_staleness"]
+        # Checkpoints of earlier versions have none.
+        counts = state.get("staleness_counts", {})
+        self._staleness_counts.update({int(s): int(count) for s, count in counts.items()})
 
     def begin_training(self) -> None:
         """Starts the windows of rates and activities: compilation is not part of them."""
@@ -90,6 +96,7 @@ class Telemetry:
         self._env_steps += num_env_steps
         self._env_steps_s = time.monotonic() - self._training_start_s
         self.max_staleness = max(self.max_staleness, *staleness)
+        self._staleness_counts.update(staleness)
         extra: Record = {**evaluation, **queue_record(queue.ledger())}
         extra |= _staleness_record(staleness, bound)
         weights = store.metrics()
@@ -125,6 +132,10 @@ class Telemetry:
         """Control steps consumed per second of training time of this process."""
         return self._env_steps / self._env_steps_s if self._env_steps_s else float("nan")
 
+    def _named_staleness_counts(self) -> dict[str, int]:
+        """Staleness -> consumed trajectories, as JSON can hold it."""
+        return {str(staleness): n for staleness, n in sorted(self._staleness_counts.items())}
+
     def write_trace(self) -> None:
         """Writes trace.json."""
         self.tracer.write(self.workdir / "trace.json")
@@ -137,6 +148,7 @@ class Telemetry:
             "env_steps_per_s": summary.env_steps_per_s,
             "max_staleness": summary.max_staleness,
             "staleness_bound": summary.staleness_bound,
+            "staleness_counts": self._named_staleness_counts(),
             "ledger_closes": ledger.is_balanced,
         }
         self._write_summary(outcome, detail, summary, own, queue_record(ledger))

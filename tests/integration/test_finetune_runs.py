@@ -6,6 +6,7 @@ import re
 import signal
 
 import pytest
+from read_page import charts
 from run_process import RunProcess
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
@@ -37,6 +38,7 @@ def test_files_of_the_contract(whole: RunProcess) -> None:
     assert set(stats) == {"state", "actions"} and len(stats["state"]["q01"]) == 4
     names = {path.name for path in whole.workdir.iterdir()}
     assert {"config.json", "metrics.jsonl", "summary.json", "trace.json", "videos"} <= names
+    assert "Samples" in charts((whole.workdir / "report.html").read_text())
     assert len(list((whole.workdir / "demonstrations").glob("episode_*"))) == 8
     assert re.search(r"^success +before \d\.\d\d .*, after \d\.\d\d", "\n".join(whole.lines), re.M)
 

@@ -7,7 +7,9 @@ import re
 import signal
 
 import pytest
+from read_page import charts, facts
 from run_process import RunProcess
+from trace_format import check_trace
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -77,9 +79,13 @@ def test_the_last_lines_say_what_matters(whole: RunProcess) -> None:
 
 
 def test_files_of_the_contract(whole: RunProcess) -> None:
-    trace = json.loads((whole.workdir / "trace.json").read_text())
-    names = {event["name"] for event in trace["traceEvents"]}
-    assert {"simulate", "infer", "train"} <= names
+    spans = check_trace((whole.workdir / "trace.json").read_text())
+    assert {"simulate", "infer", "train"} <= {span["name"] for span in spans}
+    report = (whole.workdir / "report.html").read_text()
+    assert facts(report)["updates"] == "4 of 4"
+    assert {"Success", "Busy and waiting", "Time of each thread"} <= set(charts(report))
+    counts = whole.summary()["staleness_counts"]
+    assert sum(counts.values()) == whole.records()[-1]["queue/consumed"]
     assert len(list((whole.workdir / "videos").glob("*.mp4"))) == 3
     assert json.loads((whole.workdir / "config.json").read_text())["config"]["name"] == "debug"
     assert {path.name for path in (whole.workdir / "checkpoints").iterdir()} == {"2", "4"}
@@ -91,6 +97,7 @@ def test_evaluate_repeats_the_last_evaluation(whole: RunProcess) -> None:
     after = next(line for line in whole.lines if line.startswith("success"))
     assert f"after {result['eval/success_rate']:.2f}" in after
     assert result["update"] == 4 and result["eval/episodes"] == 6
+    assert "evaluate job, update 4" in (whole.workdir / "report.html").read_text()
 
 
 @pytest.mark.slow
@@ -141,6 +148,7 @@ def test_an_interrupted_run_ends_bitwise_like_one_that_was_not(
     first.send(signal.SIGTERM)
     first.expect(3)
     assert first.summary()["outcome"] == "stopped"
+    assert facts((tmp_path / "report.html").read_text())["outcome"] == "stopped"
     second = RunProcess(tmp_path, *SYNCHRONOUS).expect(0)
     require_invariants(second.records(), 12)
     assert second.digests(12) == synchronous.digests(12)

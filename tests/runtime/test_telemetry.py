@@ -223,6 +223,17 @@ def test_counters_continue_after_a_restart(tmp_path: pathlib.Path, clock: Clock)
     assert [x["time_s"] for x in lines(tmp_path)] == [60.0, 65.0]
     assert [x["faults/invalid_samples"] for x in lines(tmp_path)] == [3, 4]
     assert second.max_staleness == 2
+    assert write_summary(second)["staleness_counts"] == {"0": 3, "2": 1}
+
+
+def test_a_checkpoint_of_before_staleness_was_counted(tmp_path: pathlib.Path, clock: Clock) -> None:
+    older = make(tmp_path, clock).state()
+    del older["staleness_counts"]
+    telemetry = make(tmp_path, clock)
+    telemetry.restore(older)
+    telemetry.begin_training()
+    record_update(telemetry, 1, staleness=[1, 0, 1], bound=2)
+    assert write_summary(telemetry)["staleness_counts"] == {"0": 1, "1": 2}
 
 
 def test_updates_made_again_replace_their_records(tmp_path: pathlib.Path, clock: Clock) -> None:
@@ -288,6 +299,7 @@ def test_summary(tmp_path: pathlib.Path, clock: Clock) -> None:
         "env_steps_per_s": 10.0,
         "max_staleness": 2,
         "staleness_bound": 2,
+        "staleness_counts": {"1": 1, "2": 1},
         "ledger_closes": True,
         "evaluation_before": None,
         "evaluation_after": EVALUATION,
