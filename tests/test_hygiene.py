@@ -17,7 +17,7 @@ _PACKAGE = pathlib.Path(jaxvla.__file__).parent
 _FILES = sorted(_PACKAGE.rglob("*.py"))
 
 _LAYERS = (
-    ("main",),
+    ("main", "compare"),
     ("runtime", "scaling"),
     ("simulation", "serving", "learning", "evaluation"),
     ("envs", "models", "algorithms", "data", "transport"),
@@ -191,6 +191,7 @@ def test_configs_and_the_command_line_load_without_jax():
     light = ["", ".config", ".validation", ".layout", ".registry", ".telemetry", ".envs", ".models"]
     light += [".algorithms", ".main", ".runtime.cpu_settings", ".telemetry.writers"]
     light += [".endpoint", ".serving.wire", ".transport.frames", ".transport.channel"]
+    light += [".compare", ".telemetry.report"]
     light += [".envs.host_worker"]  # imported by every worker process
     found = _import_in_a_process([f"jaxvla{name}" for name in light])
     assert not {"jax", "jaxlib", "flax", "mujoco"} & set(found["modules"])
