@@ -332,16 +332,17 @@ def _thinned(points: list[Point]) -> list[Point]:
 
 
 def _band(ends: Sequence[tuple[float, float, float]], x: Axis, y: Axis, color: str) -> str:
-    """The area between two lines; empty without two points to show."""
+    """The area between two lines. Of one or two points, whose interval says nothing about what
+    lies between them, only these; empty without any."""
     shown = [
         (at, low, high)
         for at, low, high in ends
         if x.can_show(at) and y.can_show(low) and y.can_show(high)
     ]
-    if len(shown) < 2:
+    if len(shown) < 3:
         return "".join(
             f'<path d="M{px(x(at))} {px(y(low))}V{px(y(high))}" stroke="{color}" '
-            'stroke-width="3" stroke-opacity="0.4"/>'
+            'stroke-width="5" stroke-opacity="0.4"/>'
             for at, low, high in shown
         )
     there = [f"{px(x(at))},{px(y(high))}" for at, _, high in shown]

@@ -66,14 +66,23 @@ def test_logarithmic_axes_read_back_and_leave_out_zero():
 
 
 def test_a_band_has_the_corners_of_its_interval():
-    svg = line_chart(
-        {"a": [(0, 0.5), (10, 0.6)]}, **_AXES, band={"a": [(0, 0.4, 0.6), (10, 0.5, 0.9)]}
-    )
-    chart = ReadChart(svg)
-    want = [[0, 0.6], [10, 0.9], [10, 0.5], [0, 0.4]]
-    np.testing.assert_allclose(chart.area(), want, atol=0.01)
+    points = [(0, 0.5), (5, 0.5), (10, 0.6)]
+    ends = [(0, 0.4, 0.6), (5, 0.3, 0.7), (10, 0.5, 0.9)]
+    chart = ReadChart(line_chart({"a": points}, **_AXES, band={"a": ends}))
+    want = [[0, 0.6], [5, 0.7], [10, 0.9], [10, 0.5], [5, 0.3], [0, 0.4]]
+    np.testing.assert_allclose(chart.area(), want, atol=0.02)
     with pytest.raises(ValueError, match="bands of no series: b"):
         line_chart({"a": []}, **_AXES, band={"b": []})
+
+
+def test_two_intervals_claim_nothing_about_what_lies_between():
+    ends = [(0, 0.4, 0.6), (10, 0.5, 0.9)]
+    chart = ReadChart(line_chart({"a": [(0, 0.5), (10, 0.6)]}, **_AXES, band={"a": ends}))
+    assert not chart.all("polygon")
+    strokes = [path.get("d") for path in chart.all("path")]
+    assert len(strokes) == 2
+    found = [[chart.value("y", y) for y in d.split(" ")[1].split("V")] for d in strokes]
+    np.testing.assert_allclose(found, [[0.4, 0.6], [0.5, 0.9]], atol=0.01)
 
 
 def test_long_series_keep_their_extremes_and_their_ends():
