@@ -2,8 +2,7 @@
 
 Written from the format's public description,
 https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU, and from
-https://perfetto.dev/docs/faq: complete events of one track must nest strictly, else the importer
-drops them.
+https://perfetto.dev/docs/faq: events of one track must nest, overlapping ones are not supported.
 """
 
 import itertools

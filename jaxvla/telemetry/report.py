@@ -5,14 +5,13 @@ end of a job, after a kill, while a run goes on.
 """
 
 import json
-import logging
 import math
 import pathlib
 import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxvla.telemetry import html, run_charts
+from jaxvla.telemetry import get_logger, html, run_charts
 from jaxvla.telemetry.html import Html, Section
 from jaxvla.telemetry.progress import bottleneck, format_duration, format_rate
 from jaxvla.telemetry.run_files import (
@@ -28,7 +27,8 @@ from jaxvla.telemetry.writers import replacing
 
 REPORT = "report.html"
 
-_LOG = logging.getLogger(__name__)
+_LOG = get_logger("runtime")
+"""So that warnings end in logs/runtime.log of a training run."""
 
 _MAX_BARS = 12
 """Tasks with bars of their own; more are in the table alone."""
