@@ -394,7 +394,7 @@ class RuntimeConfig:
     empty: there is none, Ray places one program after the other."""
     learner_resources: str = ""
     """What Ray reserves for the learner, such as "CPU=8,GPU=1" or "TPU=4,TPU-v5e-8-head=1"; empty:
-    nothing, it runs anywhere."""
+    nothing, it runs anywhere. With "processes" only its GPU or TPU counts: the devices it sees."""
     server_resources: str = ""
     """The same for every policy server."""
     simulator_resources: str = ""

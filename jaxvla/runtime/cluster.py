@@ -9,6 +9,7 @@ from typing import Any
 from jaxvla.config import ConfigError, ExperimentConfig, override
 from jaxvla.config_data import config_to_data
 from jaxvla.runtime.channels import channel_config, own_host
+from jaxvla.runtime.devices import offered_devices, share_out
 from jaxvla.runtime.directory import Address
 from jaxvla.runtime.launch import Launcher, ProcessLauncher
 from jaxvla.runtime.ray_cluster import RayLauncher, check_ray
@@ -23,10 +24,12 @@ def check_cluster(config: ExperimentConfig) -> None:
     """Refuses what this machine lacks, before anything is started.
 
     Raises:
-      ConfigError: Ray is not installed.
+      ConfigError: Ray is not installed, or the processes need more devices than there are.
     """
     if config.runtime.kind == "ray":
         check_ray(config.runtime)
+    elif config.runtime.kind == "processes":
+        share_out(config.runtime, _kinds(config), offered_devices())
 
 
 def run_cluster(
@@ -88,13 +91,18 @@ def run_cluster(
 def _launcher(config: ExperimentConfig, workdir: pathlib.Path) -> tuple[Launcher, str]:
     """Where processes are started, and what the supervisor listens on."""
     settings = config.runtime
+    kinds = _kinds(config)
     if settings.kind == "processes":
-        return ProcessLauncher(workdir / "logs"), settings.host
-    kinds = [LEARNER]
-    kinds += [SERVER] * config.serving.num_servers
-    kinds += [SIMULATOR] * config.simulation.num_simulators
+        environments = share_out(settings, kinds, offered_devices())
+        return ProcessLauncher(workdir / "logs", environments), settings.host
     launcher = RayLauncher(settings, kinds)
     return launcher, own_host(settings)
+
+
+def _kinds(config: ExperimentConfig) -> list[str]:
+    """Of all processes of the run."""
+    servers = [SERVER] * config.serving.num_servers
+    return [LEARNER, *servers, *[SIMULATOR] * config.simulation.num_simulators]
 
 
 def _make_spec(

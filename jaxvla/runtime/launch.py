@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from jaxvla.runtime.replica_spec import ReplicaSpec
@@ -51,15 +51,23 @@ class Launcher(Protocol):
 class ProcessLauncher:
     """Child processes. Implements Launcher."""
 
-    def __init__(self, log_dir: pathlib.Path):
-        """Args: where the processes' output goes, NAME.out."""
+    def __init__(
+        self, log_dir: pathlib.Path, environments: Mapping[str, Mapping[str, str]] | None = None
+    ):
+        """Args:
+        log_dir: where the processes' output goes, NAME.out.
+        environments: variables that a process of that name has beside ours, such as those that
+          show it its devices (`runtime.devices`).
+        """
         self._log_dir = log_dir
+        self._environments = environments or {}
         self._children: list[_Child] = []
 
     def launch(self, spec: ReplicaSpec, on_end: Callable[[str], None]) -> Launched:
         """See `Launcher.launch`."""
         self._log_dir.mkdir(parents=True, exist_ok=True)
-        child = _Child(spec, self._log_dir / f"{spec.name}.out", on_end)
+        environment = self._environments.get(spec.name, {})
+        child = _Child(spec, self._log_dir / f"{spec.name}.out", on_end, environment)
         self._children.append(child)
         return child
 
@@ -74,13 +82,20 @@ class ProcessLauncher:
 class _Child:
     """A child process and the thread that waits for its end."""
 
-    def __init__(self, spec: ReplicaSpec, log: pathlib.Path, on_end: Callable[[str], None]):
+    def __init__(
+        self,
+        spec: ReplicaSpec,
+        log: pathlib.Path,
+        on_end: Callable[[str], None],
+        environment: Mapping[str, str],
+    ):
         with open(log, "ab") as output:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "jaxvla.runtime.replica"],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,
+                env=os.environ | environment,
                 # Ctrl-C is for the supervisor alone.
                 start_new_session=True,
             )
@@ -91,7 +106,7 @@ class _Child:
         try:
             self._process.stdin.write(spec.to_json().encode() + b"\n")
             self._process.stdin.flush()
-        except OSError:  # it has ended already, which the thread tells
+        except (OSError, ValueError):  # it has ended already, which the thread tells
             _LOG.warning("%s ended before it had its spec", spec.name)
 
     def kill(self) -> None:
