@@ -26,6 +26,7 @@ from jaxvla.simulation.simulator import GroupSnapshot
 from jaxvla.telemetry.metrics import Last, Total
 from jaxvla.transport.base import TrajectoryQueue, WeightStore
 from jaxvla.transport.channel import ChannelConfig, Connection, Listener
+from jaxvla.transport.dispatch import Handlers
 from jaxvla.transport.frames import FrameError
 from jaxvla.transport.remote_queue import QueueService
 from jaxvla.transport.remote_weights import RemoteWeightStore
@@ -134,12 +135,16 @@ class RemoteCrew:
             }
             connection.send(welcome.encode({**self._snapshots, **put}))
 
-        handlers = telemetry_handlers(self._sink, connection.peer)
+        handlers = self._telemetry_handlers(connection)
         self._service.serve(connection, names, welcome=send_welcome, others=handlers)
 
     def _serve_server(self, connection: Connection, index: int) -> None:
-        handlers = telemetry_handlers(self._sink, connection.peer)
+        handlers = self._telemetry_handlers(connection)
         self._store.serve(connection, name=f"server_{index}", others=handlers)
+
+    def _telemetry_handlers(self, connection: Connection) -> Handlers:
+        _LOG.info("%s has joined session %s", connection.peer, self._session)
+        return telemetry_handlers(self._sink, connection, self._telemetry.tracer.clock)
 
     def _note_restarts(self, restarts: Mapping[str, int]) -> None:
         for role, count in restarts.items():

@@ -95,7 +95,7 @@ class ServerReplica:
         )
 
         def receive() -> None:
-            subscription.run()
+            subscription.run(self._telemetry.handlers)
             session.lose()
             has_weights.set()
 

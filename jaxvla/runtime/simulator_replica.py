@@ -115,7 +115,7 @@ class SimulatorReplica:
         simulator.restore(snapshots)
 
         def receive() -> None:
-            queue.run()
+            queue.run(self._telemetry.handlers)
             session.lose()
 
         def close() -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from jaxvla.telemetry.activity import Activity, ActivityMeter
+from jaxvla.telemetry.clocks import RemoteClock
 from jaxvla.telemetry.metrics import (
     REDUCTIONS,
     Last,
@@ -72,23 +73,6 @@ _COLLAPSE: Mapping[type[Reduction], Callable[[np.ndarray], Any]] = {
     Last: lambda values: values[-1],
 }
 """Reductions for which one number stands for many."""
-
-
-def clock_offset_s(asked_s: float, remote_s: float, answered_s: float) -> float:
-    """What to add to readings of this process's clock to get the other one's.
-
-    The other one read its clock between our two readings; half way is the best guess, and wrong
-    by half of the time between at most (RFC 5905, section 8, with T2 = T3). If its reading lies
-    between ours the offset counts as none: processes of one host share CLOCK_MONOTONIC.
-
-    Args:
-      asked_s: our clock when we asked.
-      remote_s: the other clock's reading.
-      answered_s: our clock when the answer was there.
-    """
-    if asked_s <= remote_s <= answered_s:
-        return 0.0
-    return remote_s - (asked_s + answered_s) / 2
 
 
 @dataclass(kw_only=True)
@@ -175,7 +159,7 @@ class TelemetryForwarder:
         recorder: ForwardingRecorder,
         meters: Mapping[str, ActivityMeter],
         tracer: Tracer,
-        offset_s: float = 0.0,
+        clock: RemoteClock | None = None,
         interval_s: float = 0.5,
     ):
         """Args:
@@ -183,14 +167,15 @@ class TelemetryForwarder:
         recorder: of all programs of the process.
         meters: by role; nobody else may take their snapshots.
         tracer: of all programs.
-        offset_s: see `clock_offset_s`.
+        clock: of the learner's tracer, asked before each parcel; spans wait for its first
+          answer. None: it is the same as that of `tracer`.
         interval_s: between two parcels.
         """
         self._ship = ship
         self._recorder = recorder
         self._meters = meters
         self._tracer = tracer
-        self._offset_s = offset_s
+        self._clock = clock
         self._interval_s = interval_s
         self._flushing = threading.Lock()
         self._is_over = threading.Event()
@@ -210,7 +195,7 @@ class TelemetryForwarder:
     def flush(self) -> bool:
         """Ships everything up to now. False when nobody is there: it is lost then, and counted."""
         with self._flushing:
-            metrics, spans = self._recorder.take(), self._tracer.drain()
+            metrics = self._recorder.take()
             activities = {role: x.snapshot().window for role, x in self._meters.items()}
             left = sum(values.size for _, _, values in metrics)
             try:
@@ -219,13 +204,21 @@ class TelemetryForwarder:
                     self._ship(*_metrics_parcel(part, activities))
                     left -= sum(values.size for _, _, values in part)
                     activities = {}
-                for part in _split(spans):
-                    self._ship(*_spans_parcel(part, self._offset_s))
+                self._flush_spans()
             except (RuntimeError, ValueError) as error:
                 _LOG.warning("telemetry was lost: %s", error)
                 self._recorder.drop(left)
                 return not isinstance(error, RuntimeError)
         return True
+
+    def _flush_spans(self) -> None:
+        if self._clock is not None:
+            self._clock.ask()
+        offset_s = self._clock.offset_s if self._clock is not None else 0.0
+        if offset_s is None:
+            return
+        for part in _split(self._tracer.drain()):
+            self._ship(*_spans_parcel(part, offset_s))
 
     def _run(self) -> None:
         while not self._is_over.wait(self._interval_s):

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from local_connections import TIMEOUT_S, listening
 
 from jaxvla.telemetry.activity import ActivityMeter
+from jaxvla.telemetry.clocks import RemoteClock
 from jaxvla.telemetry.forwarding import (
     DROPPED,
     MALFORMED,
     ForwardingRecorder,
     TelemetryForwarder,
     TelemetrySink,
-    clock_offset_s,
 )
 from jaxvla.telemetry.metrics import (
     REDUCTIONS,
@@ -77,15 +77,22 @@ class Remote:
         self.tracer = Tracer(clock=self.clock)
         self.meter = ActivityMeter("simulation", tracer=self.tracer)
         self.parcels: list[Any] = []
+        self.answers_clock = True
+        self._remote_clock = RemoteClock(self._ask_clock, clock=self.clock)
+        self._ahead_s = ahead_s
         self.forwarder = TelemetryForwarder(
             self.ship,
             recorder=self.recorder,
             meters={"simulation": self.meter},
             tracer=self.tracer,
-            offset_s=-ahead_s,
+            clock=self._remote_clock,
             interval_s=0.01,
         )
         self._receive = lambda *parcel: learner.sink.receive(name, *parcel)
+
+    def _ask_clock(self, asked_s: float) -> None:
+        if self.answers_clock:
+            self._remote_clock.answered(asked_s, asked_s - self._ahead_s)
 
     def ship(self, fields: dict[str, Any], arrays: list[np.ndarray]) -> None:
         self.parcels.append((fields, arrays))
@@ -296,23 +303,21 @@ def test_a_learner_without_a_trace_takes_none() -> None:
     assert learner.flush()[MALFORMED] == 0
 
 
-@settings(deadline=None)
-@given(
-    st.floats(-1e6, 1e6),
-    st.floats(0.0, 10.0),
-    st.floats(0.0, 10.0),
-    st.floats(-1e6, 1e6),
-)
-def test_the_offset_is_wrong_by_half_the_round_trip_at_most(
-    asked_s: float, there_s: float, back_s: float, true_offset_s: float
-) -> None:
-    remote_s = asked_s + there_s + true_offset_s
-    found_s = clock_offset_s(asked_s, remote_s, asked_s + there_s + back_s)
-    # Where it is taken for none it lies within half a round trip of the best guess as well.
-    error_s = (there_s + back_s) / 2 * (1 if found_s else 2)
-    assert abs(found_s - true_offset_s) <= error_s + 1e-8  # 2e6 s in float64
-    if true_offset_s == 0.0:
-        assert found_s == 0.0
+def test_spans_wait_until_the_learners_clock_is_known(tmp_path: Any) -> None:
+    learner = Learner()
+    remote = Remote(learner, ahead_s=77.0)
+    remote.answers_clock = False
+    remote.tracer.name_thread("simulation", "group_0")
+    remote.tracer.add("render", remote.clock.now_s, remote.clock.now_s + 1.0)
+    remote.recorder.add("serving/latency_ms", 3, Mean)
+    assert remote.forwarder.flush()
+    assert learner.flush()["serving/latency_ms"] == 3.0
+    assert not spans_of(learner, tmp_path / "early.json")
+    remote.answers_clock = True
+    assert remote.forwarder.flush()
+    assert spans_of(learner, tmp_path / "late.json") == {
+        ("simulation simulator_0", "group_0"): [("render", 0.0, 1e6, {})]
+    }
 
 
 # ----------------------------------------------------------------------------- what is refused
