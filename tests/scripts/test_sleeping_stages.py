@@ -1,11 +1,13 @@
 """Plug-ins that take time: how much, and that they change nothing else."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sleeping_stages import get_config
 
 from jaxvla.config import ConfigError
 from jaxvla.config_data import config_from_data, config_to_data
@@ -15,6 +17,7 @@ from jaxvla.models.pi import PiPolicy
 from jaxvla.runtime.build import draw_blueprint
 from jaxvla.scaling import sleeping
 from jaxvla.scaling.sleeping import SleepingEnv, SleepingEnvConfig, SleepingPolicy
+from jaxvla.types import Params, PolicySample
 
 
 @pytest.fixture
@@ -53,38 +56,57 @@ def test_a_time_that_is_none_is_refused():
         SleepingEnvConfig(chunk_s=-1).validate()
 
 
-def test_the_policy_answers_what_a_pi_model_does_later(naps: list[float]):
-    from sleeping_stages import get_config
+class Pair:
+    """The policy of the script's config, the pi model behind it, and three observations."""
 
-    config = get_config()
-    assert config_from_data(config_to_data(config)) == config
-    blueprint = draw_blueprint(config)
-    policy, table = blueprint.policy, blueprint.table
-    assert isinstance(policy, SleepingPolicy) and MODELS.get(config.model.name) is SleepingPolicy
-    plain = PiPolicy(policy.config, policy._normalizer)
-    params = plain.init(jax.random.key(0))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), plain.observation_spec(3))
-    tokens, mask = (jnp.repeat(jnp.asarray(x)[:1], 3, 0) for x in (table.tokens, table.mask))
-    observation = dataclasses.replace(
-        zeros, tokens=tokens, token_mask=mask, image_mask=jnp.ones_like(zeros.image_mask)
-    )
-    keys = jax.random.split(jax.random.key(1), 3)
+    def __init__(self) -> None:
+        self.config = get_config()
+        blueprint = draw_blueprint(self.config)
+        self.sleeping, table = blueprint.policy, blueprint.table
+        assert isinstance(self.sleeping, SleepingPolicy)
+        self.plain = PiPolicy(self.sleeping.config, self.sleeping._normalizer)
+        self.params = self.plain.init(jax.random.key(0))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.plain.observation_spec(3))
+        tokens, mask = (jnp.repeat(jnp.asarray(x)[:1], 3, 0) for x in (table.tokens, table.mask))
+        self.observation = dataclasses.replace(
+            zeros, tokens=tokens, token_mask=mask, image_mask=jnp.ones_like(zeros.image_mask)
+        )
+        self._keys = jax.random.split(jax.random.key(1), 3)
 
-    def sampled(which: PiPolicy):
-        return jax.jit(lambda *x: which.act(*x, explore=True))(params, observation, keys)
+    def sample(self, policy: PiPolicy) -> PolicySample:
+        act = jax.jit(lambda *x: policy.act(*x, explore=True))
+        return act(self.params, self.observation, self._keys)
 
-    sample, expected = sampled(policy), sampled(plain)
+    def gradient(self, policy: PiPolicy, trace: Any) -> Params:
+        def loss(params: Params) -> jax.Array:
+            encoding = policy.encode(params, self.observation)
+            log_prob, _, value = policy.evaluate(params, encoding, trace)
+            # As a policy loss, it is not linear: its gradient needs the value of the log-prob.
+            return (jnp.square(log_prob) + value).sum()
+
+        return jax.jit(jax.grad(loss))(self.params)
+
+
+@pytest.fixture(scope="module")
+def pair() -> Pair:
+    return Pair()
+
+
+def test_the_config_crosses_to_other_processes(pair: Pair):
+    assert config_from_data(config_to_data(pair.config)) == pair.config
+    assert MODELS.get(pair.config.model.name) is SleepingPolicy
+
+
+def test_the_policy_answers_what_a_pi_model_does_later(pair: Pair, naps: list[float]):
+    sample, expected = pair.sample(pair.sleeping), pair.sample(pair.plain)
     jax.tree.map(np.testing.assert_array_equal, sample, expected)
     assert naps == [pytest.approx(0.05 + 3 * 0.001)]
-    naps.clear()
 
-    def gradient(which: PiPolicy):
-        def loss(params):
-            encoding = which.encode(params, observation)
-            log_prob, _, value = which.evaluate(params, encoding, expected.trace)
-            return (log_prob + value).sum()
 
-        return jax.jit(jax.grad(loss))(params)
-
-    jax.tree.map(np.testing.assert_array_equal, gradient(policy), gradient(plain))
+def test_training_takes_the_time_of_its_rows_and_has_the_same_gradient(
+    pair: Pair, naps: list[float]
+):
+    trace = pair.sample(pair.plain).trace
+    gradient, expected = (pair.gradient(x, trace) for x in (pair.sleeping, pair.plain))
+    jax.tree.map(np.testing.assert_array_equal, gradient, expected)
     assert naps == [pytest.approx(3 * 0.006)]
