@@ -229,6 +229,8 @@ def _answer_another_handshake(connected: socket.socket) -> None:
 
 def _speak_http(connected: socket.socket) -> None:
     connected.sendall(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+    while connected.recv(4096):  # what is closed with bytes unread takes the answer back
+        pass
 
 
 @pytest.mark.parametrize(
