@@ -308,7 +308,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hangs", type=float, default=0.2, help="share of SIGSTOP, in [0, 1]")
     parser.add_argument("--pause_s", type=float, default=10.0, help="longest time between kills")
-    parser.add_argument("--silence_s", type=float, default=10.0, help="runtime.silence_s")
+    parser.add_argument("--silence_s", type=float, default=15.0, help="runtime.silence_s")
     parser.add_argument("--patience_s", type=float, default=600.0, help="for one recovery")
     parser.add_argument("--num_updates", type=int, default=1_000_000, help="end of the run at last")
     parser.add_argument("--max_growth", type=float, default=8.0, help="MiB a minute")

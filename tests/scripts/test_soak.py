@@ -19,7 +19,7 @@ SHORT = (
 
 def test_every_kind_of_process_is_killed_and_everything_holds(tmp_path: pathlib.Path):
     out = tmp_path / "soak.json"
-    options = ("--minutes=1.5", "--pause_s=2", "--silence_s=8", "--hangs=0.3", "--seed=3")
+    options = ("--minutes=1.5", "--pause_s=2", "--silence_s=20", "--hangs=0.3", "--seed=3")
     process = subprocess.run(
         [sys.executable, str(SCRIPT), *options, *SHORT, f"--json={out}"],
         stdout=subprocess.PIPE,
