@@ -39,6 +39,9 @@ from collections.abc import Iterator  # noqa: E402
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from fault_rows import FaultReport, fault_row, mark_faults  # noqa: E402
+
+__all__ = ["fault_row"]
 
 _MAX_MAPPINGS = 20_000
 _MAPPINGS = pathlib.Path("/proc/self/maps")
@@ -55,3 +58,18 @@ def _bounded_memory_mappings() -> Iterator[None]:
     if _MAPPINGS.exists() and _MAPPINGS.read_bytes().count(b"\n") > _MAX_MAPPINGS:
         jax.clear_caches()
         gc.collect()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fault_report", help="JSON file: how the tests of faults ended")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("--fault_report")
+    if path and not hasattr(config, "workerinput"):  # pytest-xdist reports in its first process
+        config.pluginmanager.register(FaultReport(pathlib.Path(path)))
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects by markers
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_faults(items)

@@ -26,9 +26,11 @@ class Dial:
 
 
 @contextlib.contextmanager
-def listening(serve: Callable[[Connection], None]) -> Iterator[Dial]:
+def listening(
+    serve: Callable[[Connection], None], config: ChannelConfig = CONFIG
+) -> Iterator[Dial]:
     """Serves connections while the block runs."""
-    listener = Listener("127.0.0.1", 0, CONFIG, serve)
+    listener = Listener("127.0.0.1", 0, config, serve)
     listener.start()
     dial = Dial(listener.address)
     try:

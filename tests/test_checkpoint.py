@@ -218,6 +218,7 @@ def _files_of_at_most(num_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.fault(16)
 def test_a_step_that_cannot_be_written_leaves_those_before(two_steps: pathlib.Path):
     checkpointer = Checkpointer(two_steps, keep=2)
     arrays = {"w": np.random.default_rng(0).random(200_000)}
@@ -258,6 +259,7 @@ def _delete(path: pathlib.Path) -> None:
 _DAMAGES = [_flip, _truncate, _delete]
 
 
+@pytest.mark.fault(15)
 @pytest.mark.parametrize("damage", _DAMAGES)
 def test_a_damaged_data_file_falls_back_to_the_step_before(
     two_steps: pathlib.Path, damage: Any, caplog: pytest.LogCaptureFixture
@@ -271,6 +273,7 @@ def test_a_damaged_data_file_falls_back_to_the_step_before(
     assert "checkpoint 5 is damaged" in caplog.text
 
 
+@pytest.mark.fault(14)
 def test_raw_bytes_that_orbax_accepts_are_caught_by_the_digest(
     two_steps: pathlib.Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
@@ -289,6 +292,7 @@ def test_raw_bytes_that_orbax_accepts_are_caught_by_the_digest(
     assert "1 leaves do not match their digest, first ['w']" in caplog.text
 
 
+@pytest.mark.fault(15)
 @pytest.mark.parametrize("damage", [_flip, _delete])
 def test_damage_to_any_file_is_harmless_or_noticed(
     two_steps: pathlib.Path, tmp_path: pathlib.Path, damage: Any
@@ -308,6 +312,7 @@ def test_damage_to_any_file_is_harmless_or_noticed(
         chex.assert_trees_all_equal(restored.arrays, _small(restored.step))
 
 
+@pytest.mark.fault(14)
 def test_a_flipped_counter_is_noticed(two_steps: pathlib.Path):
     path = two_steps / "5" / "record" / "metadata"
     text = path.read_text()
@@ -317,6 +322,7 @@ def test_a_flipped_counter_is_noticed(two_steps: pathlib.Path):
     assert restored is not None and restored.step == 3
 
 
+@pytest.mark.fault(14)
 def test_all_damaged_is_an_error_that_names_the_steps(two_steps: pathlib.Path):
     for step in ("3", "5"):
         _truncate(max(_data_files(two_steps / step), key=lambda path: path.stat().st_size))
@@ -326,6 +332,7 @@ def test_all_damaged_is_an_error_that_names_the_steps(two_steps: pathlib.Path):
     assert sorted(two_steps.rglob("*")) == before
 
 
+@pytest.mark.fault(14)
 def test_a_run_that_fell_back_writes_the_damaged_step_anew(two_steps: pathlib.Path):
     _truncate(max(_data_files(two_steps / "5"), key=lambda path: path.stat().st_size))
     checkpointer = Checkpointer(two_steps, keep=2)
@@ -369,6 +376,7 @@ _KILLED_SAVE = """
 """
 
 
+@pytest.mark.fault(13)
 @pytest.mark.parametrize(
     ("event", "ending"),
     [
@@ -402,6 +410,7 @@ def test_a_process_killed_while_saving_leaves_the_step_before(
     assert restored is not None and restored.step == 2
 
 
+@pytest.mark.fault(13)
 def test_only_unfinished_steps_are_cleaned(two_steps: pathlib.Path):
     unfinished = two_steps / "6.orbax-checkpoint-tmp"
     foreign = two_steps / "notes"

@@ -219,6 +219,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, st
     return json.loads(done.stdout)
 
 
+@pytest.mark.fault(29)
 @pytest.mark.parametrize("mistake", _MISTAKES)
 def test_a_mistake_is_answered_in_one_line(answers: dict[str, tuple[int, str, str]], mistake: str):
     code, out, err = answers[mistake]

@@ -141,6 +141,7 @@ _REFUSED = [
 ]
 
 
+@pytest.mark.fault(29)
 @pytest.mark.parametrize("settings", _REFUSED, ids=str)
 def test_what_cannot_work_is_refused_by_name(settings: dict[str, Any]):
     config = _debug(**settings)

@@ -76,6 +76,7 @@ def test_pickled_arrays_survive(states: np.ndarray, is_transposed: bool, protoco
     np.testing.assert_array_equal(loaded, states)
 
 
+@pytest.mark.fault(27)
 def test_a_command_in_the_pickle_is_refused_and_not_run(tmp_path: pathlib.Path):
     witness = tmp_path / "witness"
     hostile = pickled(RunsACommand(f"touch {witness}"))

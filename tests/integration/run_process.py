@@ -7,25 +7,36 @@ import re
 import signal
 import subprocess
 import sys
+import uuid
+from collections.abc import Mapping
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[2]
 DEVICE_FLAG = "--xla_force_host_platform_device_count"
+MARK = "JAXVLA_TEST_RUN"
+"""Environment variable by which all processes of a run are known."""
 
 
 class RunProcess:
     """`python -m jaxvla.main --config=configs/debug.py` with overrides."""
 
-    def __init__(self, workdir: pathlib.Path, *arguments: str, num_devices: int = 1):
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        *arguments: str,
+        num_devices: int = 1,
+        environment: Mapping[str, str] | None = None,
+    ):
         self.workdir = workdir
+        self.mark = uuid.uuid4().hex
         self.lines: list[str] = []
         flags = re.sub(rf"{DEVICE_FLAG}=\d+", "", os.environ.get("XLA_FLAGS", ""))
-        environment = os.environ | {"XLA_FLAGS": f"{flags} {DEVICE_FLAG}={num_devices}".strip()}
+        own = {"XLA_FLAGS": f"{flags} {DEVICE_FLAG}={num_devices}".strip(), MARK: self.mark}
         command = [sys.executable, "-m", "jaxvla.main", "--config=configs/debug.py"]
         self._process = subprocess.Popen(
             [*command, f"--workdir={workdir}", *arguments],
             cwd=ROOT,
-            env=environment,
+            env=os.environ | own | (environment or {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -56,6 +67,19 @@ class RunProcess:
         assert actual == code, f"exit code {actual}:\n" + "\n".join(self.lines)
         return self
 
+    def descendants(self, part: str = "") -> list[int]:
+        """Ids of the run's processes, however they were started, with text in the command line."""
+        found = []
+        for process in pathlib.Path("/proc").glob("[0-9]*"):
+            try:
+                is_own = f"{MARK}={self.mark}".encode() in (process / "environ").read_bytes()
+                command = (process / "cmdline").read_bytes().decode(errors="replace")
+            except OSError:  # it has ended meanwhile, or is another user's
+                continue
+            if is_own and command and part in command:
+                found.append(int(process.name))
+        return found
+
     def records(self) -> list[dict[str, Any]]:
         """metrics.jsonl."""
         return [json.loads(x) for x in (self.workdir / "metrics.jsonl").read_text().splitlines()]
@@ -68,3 +92,17 @@ class RunProcess:
         """Leaf path -> SHA-256 of the arrays of a checkpoint."""
         record = self.workdir / "checkpoints" / str(step) / "record" / "metadata"
         return json.loads(record.read_text())["digests"]
+
+
+def require_nothing_left(run: RunProcess) -> None:
+    """After the end of a run: no process of it, and nothing in its directory that was to go."""
+    assert run.descendants() == []
+    left = [x for x in run.workdir.rglob("*") if x.name.endswith((".partial", "-checkpoint-tmp"))]
+    assert left == []
+
+
+def lost(summary: Mapping[str, Any]) -> int:
+    """Trajectories given up for other reasons than the end of the run."""
+    ends = ("queue/dropped/finished", "queue/dropped/shutdown")
+    totals = summary["totals"].items()
+    return sum(n for name, n in totals if name.startswith("queue/dropped/") and name not in ends)

@@ -5,10 +5,12 @@ import pathlib
 import re
 import select
 import signal
+import time
 
 import pytest
-from run_process import RunProcess
-from test_runs import LOSSES, SYNCHRONOUS, require_invariants
+from fault_rows import FaultRow
+from integration.run_process import RunProcess, lost, require_nothing_left
+from integration.test_runs import LOSSES, SYNCHRONOUS, require_invariants
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 
@@ -33,19 +35,6 @@ def processes(run: RunProcess) -> dict[str, int]:
     return {name: int(pid) for name, pid in re.findall(r"(\w+_\d+) is process (\d+)", text)}
 
 
-def is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def require_nothing_left(run: RunProcess) -> None:
-    for name, pid in processes(run).items():
-        assert not is_alive(pid), f"{name} is left behind"
-
-
 @pytest.fixture(scope="module")
 def synchronous(tmp_path_factory: pytest.TempPathFactory) -> RunProcess:
     """In one process."""
@@ -64,12 +53,23 @@ def test_several_processes_compute_what_one_does(
     require_nothing_left(run)
 
 
-@pytest.mark.parametrize("name", ["simulator_1", "server_0", "learner_0"])
-def test_a_killed_process_is_survived(tmp_path: pathlib.Path, name: str):
+@pytest.mark.fault(35)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "simulator_1",
+        pytest.param("server_0", marks=pytest.mark.fault(11)),
+        pytest.param("learner_0", marks=pytest.mark.fault(12)),
+    ],
+)
+def test_a_killed_process_is_survived(tmp_path: pathlib.Path, name: str, fault_row: FaultRow):
     run = RunProcess(tmp_path, *SEVERAL)
     run.until(r"^update +3/")
+    killed_s = time.monotonic()
     os.kill(processes(run)[name], signal.SIGKILL)
     run.until(rf"{name} ended \(signal 9\); restart in 0.05 s")
+    run.until(r"^update +\d+/")
+    recovery_s = time.monotonic() - killed_s
     run.expect(0)
     summary = run.summary()
     assert summary["outcome"] == "finished"
@@ -78,13 +78,23 @@ def test_a_killed_process_is_survived(tmp_path: pathlib.Path, name: str):
     role = {"simulator": "simulation", "server": "serving", "learner": "learning"}
     assert summary["last_record"][f"faults/restarts/{role[name.split('_')[0]]}"] == 1
     require_nothing_left(run)
+    figures = {"lost": lost(summary), "recovery_s": recovery_s, "bound_kept": True, "exit_code": 0}
+    number = {"server_0": 11, "learner_0": 12}.get(name, 35)
+    fault_row(fault=number, survived=True, **figures)
 
 
-def test_a_signal_stops_and_the_same_command_goes_on(tmp_path: pathlib.Path):
+@pytest.mark.fault(17)
+def test_a_signal_stops_and_the_same_command_goes_on(tmp_path: pathlib.Path, fault_row: FaultRow):
     run = RunProcess(tmp_path, *SEVERAL)
     run.until(r"^update +3/")
+    asked_s = time.monotonic()
     run.send(signal.SIGTERM)
     run.expect(3)
+    note = f"stopped after {time.monotonic() - asked_s:.1f} s"
+    summary = run.summary()
+    kept = summary["max_staleness"] <= summary["staleness_bound"] and summary["ledger_closes"]
+    assert kept
+    fault_row(survived=True, lost=lost(summary), bound_kept=kept, exit_code=3, note=note)
     require_nothing_left(run)
     reached = run.summary()["update"]
     again = RunProcess(tmp_path, *SEVERAL).expect(0)
@@ -92,13 +102,16 @@ def test_a_signal_stops_and_the_same_command_goes_on(tmp_path: pathlib.Path):
     assert again.summary()["update"] == 40
 
 
-def test_nothing_outlives_a_killed_supervisor(tmp_path: pathlib.Path):
+@pytest.mark.fault(35)
+def test_nothing_outlives_a_killed_supervisor(tmp_path: pathlib.Path, fault_row: FaultRow):
     run = RunProcess(tmp_path, *SEVERAL, "--config.runtime.grace_s=3")
     run.until(r"^update +3/")
     run.send(signal.SIGKILL)
     run.finish()
     for pid in processes(run).values():
         _wait_for_end(pid)
+    require_nothing_left(run)
+    fault_row(survived=True)
 
 
 def _wait_for_end(pid: int) -> None:

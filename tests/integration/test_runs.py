@@ -5,10 +5,12 @@ import math
 import pathlib
 import re
 import signal
+import time
 
 import pytest
+from fault_rows import FaultRow
+from integration.run_process import RunProcess, lost
 from read_page import charts, facts
-from run_process import RunProcess
 from trace_format import check_trace
 
 pytestmark = pytest.mark.timeout(900)
@@ -140,13 +142,17 @@ def test_asynchronous_run_with_two_policy_servers_on_devices_of_their_own(
 
 
 @pytest.mark.slow
+@pytest.mark.fault(17, 19)
 def test_an_interrupted_run_ends_bitwise_like_one_that_was_not(
-    synchronous: RunProcess, tmp_path: pathlib.Path
+    synchronous: RunProcess, tmp_path: pathlib.Path, fault_row: FaultRow
 ) -> None:
     first = RunProcess(tmp_path, *SYNCHRONOUS)
     first.until(r"^update +2/12")
+    asked_s = time.monotonic()
     first.send(signal.SIGTERM)
     first.expect(3)
+    note = f"stopped after {time.monotonic() - asked_s:.1f} s"
+    fault_row(fault=17, survived=True, lost=lost(first.summary()), exit_code=3, note=note)
     assert first.summary()["outcome"] == "stopped"
     assert facts((tmp_path / "report.html").read_text())["outcome"] == "stopped"
     second = RunProcess(tmp_path, *SYNCHRONOUS).expect(0)
@@ -154,17 +160,26 @@ def test_an_interrupted_run_ends_bitwise_like_one_that_was_not(
     assert second.digests(12) == synchronous.digests(12)
     for whole, resumed in zip(synchronous.records(), second.records(), strict=True):
         assert [whole[name] for name in LOSSES] == [resumed[name] for name in LOSSES]
+    fault_row(fault=19, survived=True, bound_kept=True, exit_code=0)
 
 
 @pytest.mark.slow
+@pytest.mark.fault(12, 19)
 def test_a_killed_run_continues_from_its_last_checkpoint(
-    synchronous: RunProcess, tmp_path: pathlib.Path
+    synchronous: RunProcess, tmp_path: pathlib.Path, fault_row: FaultRow
 ) -> None:
     first = RunProcess(tmp_path, *SYNCHRONOUS)
     first.until(r"^update +3/12")
     first.send(signal.SIGKILL)
     assert first.finish() == -signal.SIGKILL
-    second = RunProcess(tmp_path, *SYNCHRONOUS).expect(0)
+    killed_s = time.monotonic()
+    second = RunProcess(tmp_path, *SYNCHRONOUS)
+    second.until(r"^update +\d+/12")
+    recovery_s = time.monotonic() - killed_s
+    second.expect(0)
     assert any("after update" in line for line in second.lines)
     require_invariants(second.records(), 12)
     assert second.digests(12) == synchronous.digests(12)
+    figures = {"lost": lost(second.summary()), "recovery_s": recovery_s}
+    fault_row(fault=12, survived=True, bound_kept=True, exit_code=0, **figures)
+    fault_row(fault=19, survived=True, bound_kept=True, exit_code=0)

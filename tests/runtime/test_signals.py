@@ -35,6 +35,7 @@ def _start(mode: str) -> "subprocess.Popen[str]":
     )
 
 
+@pytest.mark.fault(17)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_first_signal_asks_for_a_clean_stop(number: signal.Signals):
     with _start("stops") as child:
@@ -46,6 +47,7 @@ def test_the_first_signal_asks_for_a_clean_stop(number: signal.Signals):
     assert child.returncode == 0
 
 
+@pytest.mark.fault(17)
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
 def test_the_second_signal_exits_with_3_at_once(second: signal.Signals):
     with _start("hangs") as child:

@@ -232,6 +232,7 @@ def test_a_simulator_that_dies_is_started_again(play: Play):
     assert play.finish() == 0
 
 
+@pytest.mark.fault(10)
 def test_a_server_that_dies_leaves_the_directory(play: Play):
     _learner_listens(play)
     play["server_0"].say("listening", address=["127.0.0.1", 8], session="a1")
@@ -242,6 +243,7 @@ def test_a_server_that_dies_leaves_the_directory(play: Play):
     assert play.finish() == 0
 
 
+@pytest.mark.fault(12)
 def test_a_learner_that_dies_goes_on_in_another_session(play: Play):
     _learner_listens(play)
     play["simulator_0"].directory(lambda d: d.session == "a1")
@@ -254,6 +256,7 @@ def test_a_learner_that_dies_goes_on_in_another_session(play: Play):
     assert play.finish() == 0
 
 
+@pytest.mark.fault(31)
 def test_a_process_that_falls_silent_is_killed_first(play: Play):
     play["server_1"].connection.close()
     assert play["server_1"].was_killed.wait(WAIT_S)
@@ -329,6 +332,7 @@ def test_a_stop_is_the_learners_to_carry_out(play: Play):
     assert play.finish(3) == 3
 
 
+@pytest.mark.fault(17)
 def test_a_learner_that_does_not_stop_is_ended():
     play = Play(grace_s=0.3)
     play.stop_requested.set()

@@ -173,6 +173,12 @@ class Run:
         return json.loads(record.read_text())["digests"]
 
 
+def keeps_bound(run: Run) -> bool:
+    """No sample of the run was staler than the bound, and its books close."""
+    summary = run.summary()
+    return summary["max_staleness"] <= summary["staleness_bound"] and summary["ledger_closes"]
+
+
 def require_invariants(records: list[dict[str, Any]], num_updates: int) -> None:
     """What holds in every record of any run of this size."""
     assert [record["update"] for record in records] == list(range(1, num_updates + 1))

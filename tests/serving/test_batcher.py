@@ -240,6 +240,7 @@ def test_lockstep_round_of_two_kinds_serves_everybody_without_another_request():
     assert fire(batcher) is None
 
 
+@pytest.mark.fault(26)
 def test_over_capacity_answers_busy_and_recovers():
     batcher = make_batcher(trigger_rows=8, capacity_rows=8)
     submit(batcher, 0, rows=7)

@@ -256,6 +256,7 @@ def test_a_routed_client_takes_ways_of_both_kinds() -> None:
 # ------------------------------------------------------------------------- loss and return
 
 
+@pytest.mark.fault(11)
 def test_a_lost_answer_is_asked_for_again_and_is_the_same() -> None:
     with RemoteRig() as rig:
         rig.publish(0)
@@ -403,6 +404,7 @@ def test_patience_ends() -> None:
             gather([lambda: future])
 
 
+@pytest.mark.fault(10)
 def test_a_server_that_dies_of_a_request_is_not_asked_for_ever() -> None:
     clock, batcher = Clock(), make_batcher()
     host = Host(batcher)
@@ -504,6 +506,7 @@ WRONG = [
 ]
 
 
+@pytest.mark.fault(33)
 @pytest.mark.parametrize(("change", "message"), WRONG)
 def test_malformed_query_gets_an_error_and_harms_nobody(
     monkeypatch: Any, change: Any, message: str

@@ -230,6 +230,7 @@ def test_answers_are_never_older_than_what_was_acknowledged() -> None:
         publishing.result(TIMEOUT_S)
 
 
+@pytest.mark.fault(26)
 def test_above_capacity_the_answer_is_busy() -> None:
     with Rig(capacity_rows=4) as rig:
         rig.publish(0)
@@ -247,6 +248,7 @@ def test_above_capacity_the_answer_is_busy() -> None:
         require(rig.ask(2, 4, 5), [4, 5], 0)  # and later there is room again
 
 
+@pytest.mark.fault(10)
 def test_an_error_reaches_all_requesters_of_its_batch_and_no_others() -> None:
     error = RuntimeError("out of memory")
 
@@ -413,6 +415,7 @@ def test_metrics() -> None:
         assert rig.meter.snapshot().total.busy_s["infer"] == pytest.approx(7.0)
 
 
+@pytest.mark.fault(33)
 def test_compilations_in_the_serving_thread_are_counted() -> None:
     def compile_something() -> None:
         jax.jit(lambda x: 3.0 * x + 1.0)(np.ones(5, np.float32))

@@ -187,6 +187,7 @@ def test_text_is_refused() -> None:
 # ------------------------------------------------------------------------------ limits
 
 
+@pytest.mark.fault(27)
 def test_a_message_that_is_too_long_ends_its_connection_only() -> None:
     with serving() as rig, rig.connect() as other:
         with rig.connect() as connection:
@@ -206,6 +207,7 @@ def test_a_message_that_is_too_long_ends_its_connection_only() -> None:
         assert wire.unpack(other.recv(TIMEOUT_S))["actions"].size == 2**20 - 100
 
 
+@pytest.mark.fault(26)
 def test_there_are_no_more_connections_than_allowed() -> None:
     with serving() as rig, contextlib.ExitStack() as stack:
         connections = [stack.enter_context(rig.connect()) for _ in range(3)]
@@ -283,6 +285,7 @@ def test_the_token_of_the_real_client() -> None:
         assert policy.infer({"x": 5})["actions"] == 5
 
 
+@pytest.mark.fault(28)
 @pytest.mark.parametrize(
     "headers",
     [

@@ -237,6 +237,7 @@ _BAD_BYTES = {
 }
 
 
+@pytest.mark.fault(27)
 @pytest.mark.parametrize("case", _BAD_BYTES)
 def test_bad_bytes_are_refused(case: str) -> None:
     data, message = _BAD_BYTES[case]
@@ -271,6 +272,7 @@ def _survives(data: bytes) -> None:
     assert wire.pack(wire.unpack(packed)) == packed
 
 
+@pytest.mark.fault(27)
 @hypothesis.given(st.binary(max_size=200))
 @hypothesis.settings(deadline=None, max_examples=300)
 def test_random_bytes_are_data_or_a_value_error(data: bytes) -> None:

@@ -129,6 +129,7 @@ def simulating(there: Elsewhere, dial: Any, address: Any) -> Iterator[tuple[Made
         assert threads.join(TIMEOUT_S) and threads.error is None
 
 
+@pytest.mark.fault(31)
 @pytest.mark.parametrize("cut_at", [set(), {0, 1, 2, 7, 12}])
 def test_it_makes_the_same_trajectories_however_often_it_is_cut_off(cut_at: set[int]) -> None:
     wanted = expected()

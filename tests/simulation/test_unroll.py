@@ -127,6 +127,7 @@ def test_returns_and_steps_add_up_over_chunks_of_an_episode() -> None:
     assert (result.episode_return[0], result.episode_steps[0]) == (3, 2)
 
 
+@pytest.mark.fault(6)
 def test_exploded_worlds_are_invalid_and_restarted() -> None:
     before = start(LONG, LONG, SHORT, LONG)
     after, result, _ = chunk(

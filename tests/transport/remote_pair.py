@@ -1,14 +1,14 @@
 """A queue and simulators that reach it over real connections."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from local_connections import in_thread, listening
+from local_connections import CONFIG, Dial, in_thread, listening
 
 from jaxvla.transport.base import TrajectoryQueue
-from jaxvla.transport.channel import Connection
+from jaxvla.transport.channel import ChannelConfig, Connection
 from jaxvla.transport.dispatch import Handlers
 from jaxvla.transport.frames import Frame, FrameError
 from jaxvla.transport.remote_queue import QueueService, RemoteQueue
@@ -33,7 +33,7 @@ class NumberCodec:
 class Served:
     """A queue that simulators can connect to."""
 
-    def __init__(self, service: QueueService, dial: Callable[[str], Connection]):
+    def __init__(self, service: QueueService, dial: Dial):
         self.service = service
         self.dial = dial
 
@@ -47,7 +47,9 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(queue: TrajectoryQueue, others: Handlers | None = None) -> Iterator[Served]:
+def serving(
+    queue: TrajectoryQueue, others: Handlers | None = None, config: ChannelConfig = CONFIG
+) -> Iterator[Served]:
     """Serves a queue while the block runs."""
     service = QueueService(queue, NumberCodec())
 
@@ -59,7 +61,7 @@ def serving(queue: TrajectoryQueue, others: Handlers | None = None) -> Iterator[
 
         service.serve(connection, owners, welcome=welcome, others=others)
 
-    with listening(serve) as dial:
+    with listening(serve, config) as dial:
         yield Served(service, dial)
 
 

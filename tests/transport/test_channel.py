@@ -266,6 +266,7 @@ def test_half_a_ping_is_completed(size: int, by_a_ping: bool, monkeypatch: Any) 
         assert server.receive().kind == "b"
 
 
+@pytest.mark.fault(31)
 def test_silence_is_noticed_by_all_who_wait(quick: ChannelConfig) -> None:
     with served_through(quick) as (server, client, proxy):
         tasks = [Task(server.receive), Task(client.receive)]
@@ -344,6 +345,7 @@ def test_one_broken_connection_does_not_stop_the_pings_of_others(
 # ------------------------------------------------------------------------- listeners
 
 
+@pytest.mark.fault(35)
 def test_a_listener_leaves_nothing_behind(config: ChannelConfig) -> None:
     def descriptors() -> set[str]:
         return set(os.listdir("/proc/self/fd"))

@@ -132,6 +132,7 @@ def test_every_connection_has_new_nonces() -> None:
         assert len(seen) == 10
 
 
+@pytest.mark.fault(28)
 @pytest.mark.parametrize("byte", [0, 63, 64, 67, 68, 83, 99])
 def test_every_byte_of_a_claim_is_proven(byte: int) -> None:
     with _echo(channel_config()) as listener, _raw(listener.address) as connected:
@@ -145,6 +146,7 @@ def test_every_byte_of_a_claim_is_proven(byte: int) -> None:
         _require_works(listener, channel_config())
 
 
+@pytest.mark.fault(28)
 @pytest.mark.parametrize("token", [b"", b"x" * 16, TOKEN[:-1], TOKEN + b"x"])
 def test_a_stranger_is_refused_before_anything_is_parsed(token: bytes, monkeypatch: Any) -> None:
     """And learns nothing but that somebody listens."""
@@ -180,6 +182,7 @@ def test_a_claim_that_no_client_makes_is_refused(name: bytes, ping_ms: int) -> N
         _wait_for(listener, "refused", 1)
 
 
+@pytest.mark.fault(28)
 def test_a_replayed_handshake_is_refused() -> None:
     config = channel_config()
     with _echo(config) as listener:
@@ -307,6 +310,7 @@ def test_strangers_do_not_fill_the_log(caplog: Any) -> None:
     assert len(caplog.records) == 6  # 1, 2, 4, 8, 16, 32
 
 
+@pytest.mark.fault(27)
 def test_any_bytes_are_survived() -> None:
     """From strangers, and from those who hold the token."""
     config, rng = channel_config(limits=Limits(max_payload_bytes=1000)), np.random.default_rng(0)

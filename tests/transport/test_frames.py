@@ -254,6 +254,7 @@ _BAD = {
 }
 
 
+@pytest.mark.fault(27)
 @pytest.mark.parametrize("data", _BAD.values(), ids=_BAD)
 def test_bytes_that_are_no_frame(data: bytes) -> None:
     with pytest.raises(FrameError) as raised:
@@ -262,6 +263,7 @@ def test_bytes_that_are_no_frame(data: bytes) -> None:
     assert "\n" not in text and len(text) < 250
 
 
+@pytest.mark.fault(27)
 @pytest.mark.parametrize(
     "data",
     [
@@ -299,6 +301,7 @@ def test_a_truncated_frame_is_an_end_not_a_frame() -> None:
             _decoded(whole[:size])
 
 
+@pytest.mark.fault(27)
 @hypothesis.given(st.data())
 @hypothesis.settings(deadline=None, max_examples=200)
 def test_changed_bytes_are_a_frame_or_refused(data: st.DataObject) -> None:

@@ -218,6 +218,7 @@ def test_close_wakes_every_blocked_call():
     assert (ledger.dropped_by_reason, ledger.late) == ({"preempted": 1}, 1)
 
 
+@pytest.mark.fault(3)
 def test_lease_of_a_dead_owner_runs_out_at_its_time():
     clock = FakeClock()
     queue = make_queue(per_update=1, max_staleness=0, lease_s=10.0, clock=clock)
@@ -231,6 +232,7 @@ def test_lease_of_a_dead_owner_runs_out_at_its_time():
     assert (ledger.dropped_by_reason, ledger.late, ledger.in_flight) == ({"lease": 1}, 1, 1)
 
 
+@pytest.mark.fault(32)
 @pytest.mark.parametrize("call", ["put", "fail", "fail_owner", "ledger"])
 def test_lease_is_judged_by_the_clock_not_by_who_looks_first(call):
     clock = FakeClock()

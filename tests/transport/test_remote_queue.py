@@ -83,6 +83,7 @@ def test_like_the_queue_in_process(monkeypatch: Any, test: Any, arguments: list[
 # ------------------------------------------------------------------------ loss of connections
 
 
+@pytest.mark.fault(31)
 def test_what_a_lost_simulator_had_is_given_up_and_no_more() -> None:
     queue = make_queue()
     with serving(queue) as served:
@@ -147,6 +148,7 @@ def test_simulator_that_dies_while_it_waits_leaves_the_line() -> None:
     assert queue.ledger().admitted == 2
 
 
+@pytest.mark.fault(31)
 def test_restarted_simulator_goes_on_behind_what_was_accepted() -> None:
     queue = make_queue(per_update=4)
     with serving(queue) as served:
@@ -212,6 +214,7 @@ def ask(connection: Connection, kind: str, arrays: Any = (), **fields: Any) -> d
 PAYLOAD = np.zeros((), np.int64)
 
 
+@pytest.mark.fault(5)
 @pytest.mark.parametrize(
     ("change", "arrays", "message"),
     [
@@ -406,6 +409,7 @@ class Storm:
         return consumed
 
 
+@pytest.mark.fault(31)
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("max_staleness", [0, 2])
 def test_books_close_although_connections_die(seed: int, max_staleness: int) -> None:

@@ -201,6 +201,7 @@ def subscribe(host: WeightHost, name: str, params: Any, **options: Any) -> FarSu
     return FarSubscription(host, name, ONE, struct=struct_of(params), **options)
 
 
+@pytest.mark.fault(23)
 def test_a_damaged_transfer_is_not_staged_and_sent_again() -> None:
     store = RemoteWeightStore()
     host = WeightHost(store, lambda connection: Wire(connection, Damage(1)))
@@ -260,6 +261,7 @@ class Die:
         return frame
 
 
+@pytest.mark.fault(23)
 @pytest.mark.parametrize("at", [0, 1, 4])
 def test_a_server_that_dies_in_a_transfer_leaves_the_others_untouched(
     monkeypatch: Any, at: int
@@ -343,6 +345,7 @@ def test_frozen_leaves_travel_once_per_server() -> None:
 # ------------------------------------------------------------------------------ what is refused
 
 
+@pytest.mark.fault(24)
 @pytest.mark.parametrize(
     ("here", "message"),
     [

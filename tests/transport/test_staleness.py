@@ -165,6 +165,7 @@ def test_dead_owner_loses_its_outstanding_tickets_only():
     assert book.ledger().dropped_by_reason == {"crash": 2}
 
 
+@pytest.mark.fault(4)
 def test_take_waits_for_the_oldest_ticket_unless_it_fails():
     book = make_book()
     tickets = admit(book, 4)
@@ -230,6 +231,7 @@ def test_violation_stops_the_take_and_takes_nothing():
     assert len(book.take(2, learner_version=1)) == 2
 
 
+@pytest.mark.fault(12)
 def test_trajectory_from_the_future_is_dropped_and_its_credit_returned():
     book = make_book(max_staleness=0)
     first, second = admit(book, 2)
@@ -277,6 +279,7 @@ def test_no_ticket_is_admitted_beyond_the_last_update():
     assert book.admit("simulator", 0.0) is None
 
 
+@pytest.mark.fault(22)
 def test_memory_limit_reckons_with_the_largest_payload_seen():
     book = make_book(max_staleness=4, max_bytes=100)
     first = admit(book, 1)[0]
@@ -288,6 +291,7 @@ def test_memory_limit_reckons_with_the_largest_payload_seen():
     assert book.admit("simulator", 0.0) is None
 
 
+@pytest.mark.fault(22)
 def test_memory_limit_does_not_forget_a_large_payload():
     book = make_book(max_staleness=4, max_bytes=100)
     for ticket, nbytes in zip(admit(book, 2), (40, 10), strict=True):
@@ -305,6 +309,7 @@ def test_memory_limit_that_cannot_work_is_an_error():
         book.take(2, learner_version=0)
 
 
+@pytest.mark.fault(12)
 def test_restart_gives_no_burst_and_counts_what_was_lost():
     book = make_book(max_staleness=1)
     tickets = admit(book, 4)
