@@ -100,7 +100,7 @@ class _Worker:
     is_ready: bool = False
     """An episode is running: action chunks are accepted."""
     num_failures: int = 0
-    """Failures since the last call that succeeded, over replacements."""
+    """Failures since the last chunk that succeeded, over replacements."""
 
 
 class HostPool:
@@ -116,6 +116,7 @@ class HostPool:
       state: float32 [E, S], read-only view of the shared memory.
       restarts: failures so far by cause: "exit", "signal", "exception" and "deadline".
       last_signal: name of the signal that last ended a worker, such as "SIGSEGV", or "".
+      quarantined: envs that failed too often in a row and have no process any more, and why.
     """
 
     def __init__(
@@ -138,7 +139,8 @@ class HostPool:
           reset_timeout_s: deadline of a reset, which includes starting the process and
             building the env when that has not happened yet.
           step_timeout_s: deadline of an action chunk.
-          max_failures: failures of one env in a row that close the pool.
+          max_failures: failures of one env, without a good action chunk in between, after which
+            it is quarantined.
 
         Raises:
           ValueError: num_envs is not positive or the spec's config is too large.
@@ -148,6 +150,7 @@ class HostPool:
         self.spec = spec
         self.restarts: Counter[str] = Counter()
         self.last_signal = ""
+        self.quarantined: dict[int, str] = {}
         self._hello = _encode_hello(spec)
         self._timeouts_s = {"reset": reset_timeout_s, "step_chunk": step_timeout_s}
         self._max_failures = max_failures
@@ -177,7 +180,7 @@ class HostPool:
         """Asks env `index` to start an episode of `task`; see `HostEnv.reset`.
 
         Raises:
-          ValueError: the env has an outstanding call.
+          ValueError: the env has an outstanding call, or is quarantined.
           RuntimeError: the pool is closed.
         """
         self._submit(index, {"call": "reset", "task": task, "seed": seed})
@@ -229,8 +232,8 @@ class HostPool:
 
         Raises:
           ValueError: env `index` has no outstanding call.
-          RuntimeError: the env has failed `max_failures` times in a row (the message ends
-            with the tail of its log), which closes the pool; or the pool is closed.
+          RuntimeError: the last env that was left has failed `max_failures` times in a row (the
+            message ends with the tail of its log), which closes the pool; or the pool is closed.
         """
         with self._lock:
             self._check_open()
@@ -246,8 +249,9 @@ class HostPool:
                 return self._fail(index, *self._describe_exit(worker))
             if "error" in answer:
                 return self._fail(index, "exception", answer["error"])
+            if worker.call == "step_chunk":  # resets may work in an env that cannot be stepped
+                worker.num_failures = 0
             worker.call = ""
-            worker.num_failures = 0
             worker.is_ready = not answer["success"]
             return HostResult(**answer)
 
@@ -269,6 +273,8 @@ class HostPool:
             worker = self._workers[index]
             if worker.call:
                 raise ValueError(f"env {index} still runs {worker.call}; collect it first")
+            if index in self.quarantined:
+                raise ValueError(f"env {index} is quarantined: {self.quarantined[index]}")
             message = encode(request)
             worker.call = request["call"]
             worker.deadline_s = time.monotonic() + self._timeouts_s[worker.call]
@@ -308,18 +314,24 @@ class HostPool:
         return "signal", f"killed by {self.last_signal}"
 
     def _fail(self, index: int, cause: str, detail: str) -> HostResult:
-        """Ends the process of env `index`, starts its replacement and counts the failure."""
+        """Ends the process of env `index`, starts its replacement and counts the failure. One that
+        fails again and again gets none: it would take the time of those that work."""
         self._check_open()  # close has killed it: no failure, and nothing to replace
         worker = self._workers[index]
         _end(worker)
         self.restarts[cause] += 1
         num_failures = worker.num_failures + 1
         reason = f"env {index}, {worker.call}: {detail} (log: {worker.log})"
-        if num_failures >= self._max_failures:
+        if num_failures < self._max_failures:
+            self._workers[index] = self._start(index, num_failures)
+            return HostResult(failed=True, reason=reason)
+        reason = f"{num_failures} failures in a row; the last: {reason}"
+        self.quarantined[index] = reason
+        worker.call, worker.is_ready = "", False
+        if len(self.quarantined) == self.num_envs:
             self.close()
             tail = "\n".join(_last_lines(worker.log))
-            raise RuntimeError(f"{num_failures} failures in a row; the last: {reason}\n{tail}")
-        self._workers[index] = self._start(index, num_failures)
+            raise RuntimeError(f"{reason}\n{tail}")
         return HostResult(failed=True, reason=reason)
 
 

@@ -118,10 +118,11 @@ def _run_call(
     if outcome.frame is None and not outcome.success:
         raise ValueError("frame: missing, and the episode goes on")
     if outcome.frame is not None:
+        # First: what is in the row may be seen when no other frame follows.
+        if not np.isfinite(outcome.frame.state).all():
+            raise ValueError(f"state: expected finite numbers, got {outcome.frame.state}")
         _write("images", outcome.frame.images, images)
         _write("state", outcome.frame.state, state)
-        if not np.isfinite(state).all():
-            raise ValueError(f"state: expected finite numbers, got {state}")
     return {
         "reward": float(outcome.reward),
         "success": bool(outcome.success),

@@ -28,6 +28,9 @@ class HostEnvGroup:
     until the next reset. Neighbours share task and seed, which are functions of their number in
     the run and of the segment; n of them in the run take turns at the tasks, n tasks further with
     every segment, and so keep theirs where n is a multiple of the tasks.
+
+    An env that fails too often in a row is set aside: from then on all its samples are invalid.
+    Not so in an evaluation, whose success rate it would lower: that ends with an error.
     """
 
     def __init__(
@@ -84,6 +87,8 @@ class HostEnvGroup:
         """Env -> seed of the episode that it has been asked to begin."""
         self._final_images: Any = None
         self._faults: dict[str, int] = {}
+        self._set_aside: set[int] = set()
+        self._is_evaluating = False
         self._pool = make_pool(num_envs)
 
     def reset(self, cursor: Cursor) -> Observation:
@@ -97,7 +102,12 @@ class HostEnvGroup:
         return self._fresh()
 
     def reset_to(self, tasks: np.ndarray, seeds: np.ndarray) -> Observation:
-        """See EnvGroup.reset_to."""
+        """See EnvGroup.reset_to.
+
+        Raises:
+          RuntimeError: an env fails again and again, now or in a chunk that follows.
+        """
+        self._is_evaluating = True
         self._task = tasks.astype(np.int32)
         for env, seed in enumerate(seeds.astype(np.uint32).tolist()):
             self._submit_reset(env, seed)
@@ -108,11 +118,15 @@ class HostEnvGroup:
         others still run their chunk."""
         limits = np.asarray(self.spec.max_episode_steps)[self._task]
         left = limits - self._steps
-        stepping = set(np.flatnonzero(~self._is_over).tolist())
+        running = set(np.flatnonzero(~self._is_over).tolist())
+        failed = running.intersection(self._pool.quarantined)
+        stepping = running - failed
         for env in sorted(stepping):
             count = min(self._num_executed, int(left[env]))
             self._pool.submit_step_chunk(env, np.asarray(actions[env, :count], np.float32))
-        results = [HostResult()] * self.num_envs
+        results = [HostResult(failed=env in failed) for env in range(self.num_envs)]
+        if self._group_size:
+            self._is_over[list(failed)] = True
         # What of them is not written below belongs to envs that stand still.
         images, state = np.array(self._pool.images), np.array(self._pool.state)
         while stepping or self._resetting:
@@ -205,6 +219,8 @@ class HostEnvGroup:
         return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
     def _submit_reset(self, env: int, seed: int) -> None:
+        if env in self._pool.quarantined:
+            return
         self._resetting[env] = seed
         self._pool.submit_reset(env, task=int(self._task[env]), seed=seed)
 
@@ -216,7 +232,7 @@ class HostEnvGroup:
             result = self._pool.collect(env)
             if env not in self._resetting:
                 chunks.append((env, result))
-            elif result.failed:
+            elif result.failed and env not in self._pool.quarantined:
                 self._submit_reset(env, self._resetting[env])
             else:
                 del self._resetting[env]
@@ -237,6 +253,13 @@ class HostEnvGroup:
                 _LOG.warning("%s: %d worker process(es) replaced, cause %s", self.name, new, cause)
                 self._recorder.add(f"faults/simulator_restarts/{cause}", new, Total)
             self._faults[cause] = count
+        for env in self._pool.quarantined.keys() - self._set_aside:
+            why = self._pool.quarantined[env]
+            if self._is_evaluating:
+                raise RuntimeError(f"{self.name}: {why}")
+            _LOG.error("%s: env %d is set aside: %s", self.name, env, why)
+            self._recorder.add("faults/quarantined_envs", 1, Total)
+            self._set_aside.add(env)
 
     def _observe(self) -> Observation:
         """Copies the shared rows: workers overwrite them."""

@@ -21,6 +21,9 @@ from jaxvla.envs.host_pool import HostPool, HostResult, WorkerSpec
 
 TIMEOUT_S = 60.0
 """Far above what any call takes: only a lost wake-up can reach it."""
+BAD_IMAGES = "images: expected uint8 [2, 4, 4, 3], got float32"
+BAD_STATE = "state: expected float32 [3], got float32 [2]"
+fault = pytest.mark.fault
 
 
 class PoolFactory:
@@ -136,6 +139,7 @@ def test_slow_env_delays_nobody(make_pool: PoolFactory):
     np.testing.assert_array_equal(pool.state[:, 2], [1, 3])
 
 
+@pytest.mark.fault(2)
 def test_kill_in_the_middle_of_a_call(make_pool: PoolFactory):
     entered, _ = make_gate(make_pool.directory)
     pool = make_pool(num_envs=2)
@@ -169,10 +173,10 @@ def test_death_while_idle_is_reported_by_the_next_call(make_pool: PoolFactory):
     ("kind", "cause", "detail"),
     [
         (fake.RAISE, "exception", "ArithmeticError: the gripper left the table"),
-        (fake.EXIT, "exit", "exited with status 7"),
-        (fake.SEGFAULT, "signal", "killed by SIGSEGV"),
-        (fake.BAD_IMAGES, "exception", "images: expected uint8 [2, 4, 4, 3], got float32"),
-        (fake.BAD_STATE, "exception", "state: expected float32 [3], got float32 [2]"),
+        pytest.param(fake.EXIT, "exit", "exited with status 7", marks=fault(1)),
+        pytest.param(fake.SEGFAULT, "signal", "killed by SIGSEGV", marks=fault(2)),
+        pytest.param(fake.BAD_IMAGES, "exception", BAD_IMAGES, marks=fault(5)),
+        pytest.param(fake.BAD_STATE, "exception", BAD_STATE, marks=fault(5)),
         (fake.BAD_STEPS, "exception", "num_steps: expected 1 to 1, got 2"),
         (fake.NO_FRAME, "exception", "frame: missing"),
     ],
@@ -189,6 +193,7 @@ def test_failures_are_named_and_survived(
     assert not reset(pool).failed
 
 
+@pytest.mark.fault(3)
 def test_hanging_env_is_replaced_at_its_deadline(make_pool: PoolFactory):
     pool = make_pool(step_timeout_s=0.2)
     reset(pool)
@@ -204,8 +209,9 @@ def test_hanging_env_is_replaced_at_its_deadline(make_pool: PoolFactory):
 
 def test_restart_budget_counts_failures_in_a_row(make_pool: PoolFactory):
     pool = make_pool(max_failures=2)
-    for _ in range(2):  # a success in between starts the count again
+    for _ in range(2):  # a good chunk in between starts the count again
         reset(pool)
+        assert not step(pool, chunk(fake.STEP)).failed
         assert step(pool, chunk(fake.RAISE)).failed
     reset(pool)
     pool.submit_step_chunk(0, chunk(fake.SUCCEED))
@@ -224,6 +230,32 @@ def test_restart_budget_ends_with_the_log(make_pool: PoolFactory, config: dict[s
     assert "Traceback" in message  # the tail of the log
     with pytest.raises(RuntimeError, match="closed"):
         pool.submit_reset(0, task=0, seed=0)
+
+
+@pytest.mark.fault(5)
+def test_an_env_that_fails_again_and_again_is_quarantined(make_pool: PoolFactory):
+    """It gets no process any more; the other one works on, until it fails as often."""
+    pool = make_pool(num_envs=2, max_failures=2)
+    reset(pool, 0)
+    assert step(pool, chunk(fake.BAD_STATE)).failed and pool.quarantined == {}
+    reset(pool, 0)  # works, and does not count
+    pid = pool.pids[0]
+    reason = step(pool, chunk(fake.BAD_STATE)).reason
+    assert reason.startswith("2 failures in a row; the last: env 0, step_chunk: ")
+    assert pool.quarantined == {0: reason} and BAD_STATE in reason
+    assert_exits(pid)
+    for call in (lambda: reset(pool, 0), lambda: step(pool, chunk(fake.STEP))):
+        with pytest.raises(ValueError, match=r"env 0 (is quarantined|must be reset)"):
+            call()
+    reset(pool, 1)
+    assert not step(pool, chunk(fake.STEP), index=1).failed
+    pool.submit_step_chunk(1, chunk(fake.RAISE))
+    assert pool.wait(TIMEOUT_S) == [1] and pool.collect(1).failed
+    reset(pool, 1)
+    with pytest.raises(RuntimeError, match="2 failures in a row; the last: env 1"):
+        step(pool, chunk(fake.RAISE), index=1)
+    with pytest.raises(RuntimeError, match="closed"):
+        reset(pool, 1)
 
 
 def test_misuse_is_refused(make_pool: PoolFactory):
@@ -264,6 +296,7 @@ def test_actions_arrive_bit_by_bit(make_pool: PoolFactory):
     assert step(pool, actions).reward == float(values.sum())
 
 
+@pytest.mark.fault(35)
 def test_close_leaves_nothing(make_pool: PoolFactory):
     shared_before = set(os.listdir("/dev/shm"))
     descriptors_before = set(os.listdir("/proc/self/fd"))
@@ -326,6 +359,7 @@ print(*pool.pids, flush=True)
 """
 
 
+@pytest.mark.fault(35)
 @pytest.mark.parametrize(
     "end", ["", "raise SystemExit(1)", "os.kill(os.getpid(), signal.SIGKILL)", "os._exit(0)"]
 )

@@ -296,7 +296,11 @@ def test_shapes_of_a_snapshot(make: GroupFactory) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "cause"),
-    [(fake.EXIT, "exit"), (fake.SEGFAULT, "signal"), (fake.RAISE, "exception")],
+    [
+        pytest.param(fake.EXIT, "exit", marks=pytest.mark.fault(1)),
+        pytest.param(fake.SEGFAULT, "signal", marks=pytest.mark.fault(2)),
+        (fake.RAISE, "exception"),
+    ],
 )
 def test_a_lost_episode_is_invalid(make: GroupFactory, kind: float, cause: str) -> None:
     """The chunk is worth nothing and ends nothing; the env goes on with its next episode."""
@@ -358,6 +362,30 @@ def test_an_env_that_never_starts_ends_the_run(make: GroupFactory) -> None:
     with pytest.raises(RuntimeError, match="2 failures in a row"):
         made.group.reset(Cursor())
     assert_no_process(made.pool.pids)
+
+
+@pytest.mark.fault(5)
+@pytest.mark.parametrize("group_size", [0, 1])
+def test_an_env_that_is_set_aside_is_invalid_from_then_on(
+    make: GroupFactory, group_size: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = make(2, max_failures=2, group_size=group_size, num_starts=2)
+    for segment in range(4):
+        made.group.reset(Cursor(segment=segment))
+        result = made.step(fake.BAD_STATE, fake.STEP, reward=0.5)
+        np.testing.assert_array_equal(result.invalid, [True, False])
+        np.testing.assert_array_equal(result.num_steps, [0, 2])
+        assert np.isfinite(result.observation.state).all()
+    assert made.restarts() == {"exception": 2}
+    assert made.recorder.totals()["faults/quarantined_envs"] == 1
+    assert sum("group: env 0 is set aside: 2 failures in a row" in x for x in caplog.messages) == 1
+
+
+def test_an_evaluation_does_without_no_env(make: GroupFactory) -> None:
+    made = make(2, max_failures=1)
+    made.group.reset_to(np.array([0, 1]), np.array([0, 0]))
+    with pytest.raises(RuntimeError, match="group: 1 failures in a row; the last: env 0"):
+        made.step(fake.RAISE, fake.STEP)
 
 
 # --- the end ----------------------------------------------------------------------------------
