@@ -87,8 +87,8 @@ class Checkpointer:
         self._keep = keep
         self._identity = dict(identity or {})
         self._manager: ocp.CheckpointManager | None = None
-        self._damaged: list[int] = []
-        """Steps found damaged since the last save."""
+        self.passed_over: dict[int, str] = {}
+        """Steps found damaged since the last save, and how."""
         self._has_saved = False
 
     def steps(self) -> list[int]:
@@ -159,7 +159,7 @@ class Checkpointer:
           CorruptCheckpointError: there are steps, and all of them are damaged.
           UsageError: the processes of the learner see different directories.
         """
-        self._damaged = []
+        self.passed_over = {}
         steps = self.steps()
         if not multihost.same_everywhere(zlib.crc32(repr(steps).encode()) >> 1):
             raise UsageError(
@@ -171,7 +171,7 @@ class Checkpointer:
                 return self._restore(step, target_for, within)
             except _DamagedError as error:
                 _LOG.error("checkpoint %d is damaged and was passed over: %s", step, error)
-                self._damaged.append(step)
+                self.passed_over[step] = str(error)
         if steps:
             raise CorruptCheckpointError(
                 f"no checkpoint in {self._directory} passes verification (steps {steps}); "
@@ -211,13 +211,13 @@ class Checkpointer:
         return self._manager
 
     def _set_damaged_aside(self) -> None:
-        for step in self._damaged if multihost.is_leader() else ():
+        for step in self.passed_over if multihost.is_leader() else ():
             path = self._directory / str(step)
             aside = path.with_name(f"{step}.damaged-{uuid.uuid4().hex[:8]}")
             path.rename(aside)
             _LOG.error("set the damaged checkpoint %d aside as %s", step, aside)
-        if self._damaged:
-            self._damaged = []
+        if self.passed_over:
+            self.passed_over = {}
             self.close()  # orbax remembers the steps
 
     def _remove_unfinished(self, *, is_own: bool = False) -> None:

@@ -253,6 +253,8 @@ class SimulationConfig:
     lease_s: float = 900.0
     """A trajectory that is not delivered this long after its admission is given up, and its
     credit returns; far above the slowest healthy one."""
+    straggler_s: float = 120.0
+    """An env group that has been making one trajectory for so long is reported on the screen."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -282,6 +284,9 @@ class ServingConfig:
     buckets: tuple[int, ...] = ()
     """Compiled batch sizes, ascending, the last one at least max_batch; empty: every multiple of
     a group's envs up to max_batch."""
+    publish_lag_s: float = 60.0
+    """A server that has not swapped weights in for so long after they were published is reported on
+    the screen."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -341,8 +346,8 @@ class LearningConfig:
     the same optimizer step. Divides the chunk queries of a minibatch, simulation.segment_length /
     algorithm.num_minibatches."""
     max_skipped_updates: int = 3
-    """Updates in a row with a gradient that was not finite, after which the run stops with exit
-    code 4."""
+    """Updates in a row with a gradient that was not finite, or without a valid sample, after which
+    the run stops with exit code 4."""
 
 
 @dataclass(kw_only=True, slots=True)

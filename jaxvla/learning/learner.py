@@ -28,7 +28,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class NonFiniteError(RuntimeError):
-    """Updates stayed non-finite: the run must stop with exit code 4."""
+    """Nothing could be learned from update after update: the run must stop with exit code 4."""
 
 
 @dataclass(kw_only=True)
@@ -38,7 +38,7 @@ class Progress:
     version: int = 0
     """Completed updates."""
     skipped_in_a_row: int = 0
-    """Latest updates that had to skip an optimizer step."""
+    """Latest updates that had to skip an optimizer step, or had no valid sample."""
     groups: dict[str, Any] = field(default_factory=dict)
     """Env group -> where it stood after its last trajectory that went into `version`."""
 
@@ -92,6 +92,8 @@ class Learner:
         self._recorder = recorder
         self._meter = meter
         self._on_update = on_update
+        self._has_valid = False
+        """A sample of the update in progress is valid, or its process does not know."""
         self._reached: dict[str, Any] = {}
         """Where env groups stand once the update in progress is complete. Not `progress` before
         that: an update that streams in and is interrupted is made again by a resumed run."""
@@ -171,7 +173,9 @@ class Learner:
         for item in items or ():
             self.staleness.append(self.progress.version - item.policy_version_min)
             if item.info is None:  # in a process that follows another, which keeps the books
+                self._has_valid = True
                 continue
+            self._has_valid |= item.info.num_useful_env_steps > 0
             self._reached[item.info.group] = {
                 "next_segment": item.info.next_segment,
                 "end_state": item.info.end_state,
@@ -201,21 +205,29 @@ class Learner:
             add("train/uniform_group_fraction", info.is_uniform.astype(np.float64), Mean)
 
     def _note(self, metrics: Mapping[str, float]) -> None:
-        """Metrics of an update; stops the run when updates stay non-finite."""
+        """Metrics of an update; stops the run when nothing can be learned from several in a row."""
         for name, value in metrics.items():
             self._recorder.add(f"learner/{name}", value, Last)
         self._recorder.add("rate/updates_per_s", 1, Rate)
         skipped = int(self.state.num_skipped)
         self._recorder.add("faults/skipped_optimizer_steps", skipped, Last)
-        is_bad = not np.isfinite(metrics["grad_norm"])
-        self.progress.skipped_in_a_row = self.progress.skipped_in_a_row + 1 if is_bad else 0
-        if is_bad:
-            _LOG.warning("update %d: gradient not finite, skipped", self.progress.version)
-        if self.progress.skipped_in_a_row >= self._learning.max_skipped_updates:
-            raise NonFiniteError(
-                f"{self.progress.skipped_in_a_row} updates in a row had a non-finite gradient; "
-                "lower optimizer.learning_rate or look at learner/loss/* in metrics.jsonl"
+        why = ""
+        if not np.isfinite(metrics["grad_norm"]):
+            why = (
+                "had a non-finite gradient; lower optimizer.learning_rate or look at "
+                "learner/loss/* in metrics.jsonl"
             )
+        elif not self._has_valid:
+            why = (
+                "had no valid sample: every world has left the finite numbers or every env has "
+                "failed, all the time; look at logs/simulation.log"
+            )
+        self._has_valid = False
+        self.progress.skipped_in_a_row = self.progress.skipped_in_a_row + 1 if why else 0
+        if why:
+            _LOG.warning("update %d %s", self.progress.version, why)
+        if self.progress.skipped_in_a_row >= self._learning.max_skipped_updates:
+            raise NonFiniteError(f"{self.progress.skipped_in_a_row} updates in a row {why}")
 
 
 def _average(steps: list[dict[str, Any]]) -> dict[str, float]:

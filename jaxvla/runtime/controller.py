@@ -28,6 +28,7 @@ from jaxvla.evaluation.evaluator import Evaluator
 from jaxvla.learning.learner import Learner, NonFiniteError, Progress
 from jaxvla.learning.train_state import TrainState
 from jaxvla.learning.warm_start import fit
+from jaxvla.runtime.alarms import Alarms
 from jaxvla.runtime.build import Blueprint, Parts, Training
 from jaxvla.runtime.crew import Crew, LocalCrew
 from jaxvla.runtime.groups import Groups
@@ -110,6 +111,8 @@ class Controller:
     def run(self) -> int:
         """Runs to the end; returns the exit code of the contract."""
         restored = self._checkpointer.restore(self._checkpoint_target)
+        for step, why in self._checkpointer.passed_over.items():
+            self._screen.message(f"error: checkpoint {step} is damaged and was passed over: {why}")
         run = RunInfo(
             workdir=self._workdir,
             name=self.config.name,
@@ -146,6 +149,9 @@ class Controller:
             self._screen.message(f"error: {detail}")
         except ProgramFailedError as error:
             outcome, detail, code = _failure(error)
+            if isinstance(error.__cause__, NonFiniteError):
+                # A skipped step changes no parameter: what was saved meanwhile is good, too.
+                detail += f". The last good checkpoint is update {max(self._checkpointer.steps())}"
             self._screen.message(f"error: {detail}")
         except Exception as error:  # not a program's: the caller's to show
             self._close_books("failed", f"{type(error).__name__}: {error}")
@@ -156,7 +162,8 @@ class Controller:
             except SaveError as error:  # nobody would try again
                 outcome, detail, code = "failed", str(error), EXIT_FAILED
                 self._screen.message(f"error: {detail}")
-        self._close_books(outcome, detail)
+        if not self._close_books(outcome, detail) and code == EXIT_FINISHED:
+            code = EXIT_FAILED
         return code
 
     # ---------------------------------------------------------------- before training
@@ -324,10 +331,18 @@ class Controller:
             return
         programs = (*self._crew.programs(self._snapshots), learner)
         self._telemetry.begin_training()
+        alarms = Alarms(
+            self.config,
+            queue=self._queue,
+            store=self._store,
+            recorder=self._telemetry.recorder,
+            screen=self._screen,
+        )
         try:
-            LocalRuntime(self._stop_requested).run(
-                programs, self._telemetry.meters, learner, self.config.runtime.grace_s / 2
-            )
+            with alarms.watching():
+                LocalRuntime(self._stop_requested).run(
+                    programs, self._telemetry.meters, learner, self.config.runtime.grace_s / 2
+                )
         finally:
             self._queue.close("shutdown")
             self._store.close()
@@ -417,8 +432,8 @@ class Controller:
             },
         )
 
-    def _close_books(self, outcome: str, detail: str) -> None:
-        """The last lines on the screen, and summary.json."""
+    def _close_books(self, outcome: str, detail: str) -> bool:
+        """The last lines on the screen, and summary.json; False if that could not be written."""
         ledger = self._queue.ledger()
         summary = RunSummary(
             before=self._before,
@@ -430,10 +445,16 @@ class Controller:
             workdir=self._workdir,
             next_command=self._command + (" --job=evaluate" if outcome == "finished" else ""),
         )
-        self._telemetry.write_summary(
-            outcome=outcome, summary=summary, ledger=ledger, detail=detail
-        )
+        is_written = True
+        try:
+            self._telemetry.write_summary(
+                outcome=outcome, summary=summary, ledger=ledger, detail=detail
+            )
+        except OSError as error:
+            is_written = False
+            self._screen.message(f"error: summary.json could not be written: {error}")
         self._screen.final_summary(summary)
+        return is_written
 
 
 def _losses_first(metrics: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxvla.layout import ROLES
 from jaxvla.telemetry import program_log
 from jaxvla.telemetry.activity import Activity, ActivityMeter
-from jaxvla.telemetry.metrics import MetricRecorder, Number, Record
+from jaxvla.telemetry.metrics import MetricRecorder, Number, Record, Total
 from jaxvla.telemetry.progress import RunScreen, RunSummary, SupervisedSummary
 from jaxvla.telemetry.tracing import NullTracer, Tracer
 from jaxvla.telemetry.writers import MetricWriter, RunInfo, open_writers, write_json
@@ -36,6 +36,8 @@ class Telemetry:
         self._staleness_counts: collections.Counter[int] = collections.Counter()
         self._update = 0
         self._writers: list[MetricWriter] = []
+        self._failing: set[str] = set()
+        """Writers that could not write the latest record."""
         self._start_s = time.monotonic()
         self._earlier_s = 0.0
         self._env_steps = 0
@@ -119,10 +121,23 @@ class Telemetry:
         for role in roles:
             activity |= self.meters[role].snapshot().window.record(role)
         record = self.recorder.flush(update=update, time_s=self.time_s, extra=extra | activity)
-        for writer in self._writers:
-            writer.write(record)
+        self._write(record)
         self.last_record, self._update = record, update
         self.screen.update(record)
+
+    def _write(self, record: Record) -> None:
+        """A disk without room costs records, not the run: checkpoints decide when that ends."""
+        failures: dict[str, OSError] = {}
+        for writer in self._writers:
+            try:
+                writer.write(record)
+            except OSError as error:
+                failures[type(writer).__name__] = error
+        for name in failures.keys() - self._failing:
+            self.screen.message(f"error: {name} could not write a record: {failures[name]}")
+        self._failing = set(failures)
+        if failures:
+            self.recorder.add("faults/failed_writes", len(failures), Total)
 
     def activities(self) -> dict[str, Activity]:
         """Role -> activity over the training time of this process."""
@@ -137,8 +152,11 @@ class Telemetry:
         return {str(staleness): n for staleness, n in sorted(self._staleness_counts.items())}
 
     def write_trace(self) -> None:
-        """Writes trace.json."""
-        self.tracer.write(self.workdir / "trace.json")
+        """Writes trace.json. Nothing depends on it, so a full disk is only told."""
+        try:
+            self.tracer.write(self.workdir / "trace.json")
+        except OSError as error:
+            self.screen.message(f"error: trace.json could not be written: {error}")
 
     def write_summary(
         self, *, outcome: str, summary: RunSummary, ledger: Ledger, detail: str

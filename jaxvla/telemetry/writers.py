@@ -21,6 +21,10 @@ from jaxvla.telemetry.metrics import Number
 _logger = logging.getLogger(__name__)
 
 
+MOST_PENDING_BYTES = 2**24
+"""Of records that wait for room on the disk."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunInfo:
     """What a writer needs to know of the run."""
@@ -44,7 +48,11 @@ class MetricWriter(Protocol):
         ...
 
     def write(self, record: Mapping[str, Number]) -> None:
-        """Takes a record; its `update` is greater than that of the record before."""
+        """Takes a record; its `update` is greater than that of the record before.
+
+        Raises:
+          OSError: it could not be written for now. The writer can be used further.
+        """
         ...
 
     def close(self) -> None:
@@ -121,6 +129,8 @@ class JsonlWriter:
     updates are made again. Updates ascend, so what is cut is a tail and cutting is a single
     truncation. Hence no update is there twice, and none is missing as long as a record is
     written before its checkpoint; what is missing all the same is logged.
+
+    A record that a full disk has no room for is kept and written before the next one.
     """
 
     def __init__(self, run: RunInfo):
@@ -136,7 +146,10 @@ class JsonlWriter:
         first_missing = max(self._last_update, 0) + 1
         if first_missing <= resume_update:
             _logger.warning("%s: no updates %d..%d", path, first_missing, resume_update)
-        self._file = path.open("r+b")
+        # Unbuffered: what was not written is in `_pending`, and nowhere else.
+        self._file = path.open("r+b", buffering=0)
+        self._pending = bytearray()
+        """The end of the file that is not written yet; it may begin within a line."""
         self._file.truncate(num_bytes)
         self._file.seek(num_bytes)
 
@@ -149,18 +162,37 @@ class JsonlWriter:
 
         Raises:
           ValueError: `update` is not greater than that of the record before.
+          OSError: the record could not be written whole. It will be tried again, unless there is
+            too much to be kept: then it is lost.
         """
         update = int(record["update"])
         if update <= self._last_update:
             raise ValueError(f"record of update {update} after update {self._last_update}")
         line = json.dumps(_finite(record), allow_nan=False) + "\n"
-        self._file.write(line.encode())
-        self._file.flush()
         self._last_update = update
+        self._pending += line.encode()
+        try:
+            self._write_pending()
+        except OSError:
+            if len(self._pending) > MOST_PENDING_BYTES:
+                del self._pending[-len(line) :]
+            raise
 
     def close(self) -> None:
-        """Closes the file."""
+        """Closes the file, after a last attempt to write what it lacks."""
+        if self._file.closed:
+            return
+        try:
+            self._write_pending()
+        except OSError as error:
+            num_lost = self._pending.count(b"\n")
+            _logger.error("%s: the last %d records are lost: %s", self._file.name, num_lost, error)
         self._file.close()
+
+    def _write_pending(self) -> None:
+        while self._pending:
+            num_written = self._file.write(self._pending)
+            del self._pending[:num_written]
 
 
 def _whole_records(path: pathlib.Path, resume_update: int) -> tuple[int, int]:

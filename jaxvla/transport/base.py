@@ -257,6 +257,11 @@ class WeightStore(Protocol):
         """Cost of the latest transfer."""
         ...
 
+    def lagging(self) -> list[tuple[str, int, float]]:
+        """Policy servers that have not swapped in what is published: name, version in use (-1:
+        none yet), and for how many seconds there has been a newer one."""
+        ...
+
     def close(self) -> None:
         """Wakes every blocked call."""
         ...

@@ -169,6 +169,11 @@ class InProcessQueue(TrajectoryQueue):
             self._book.drop_all(reason)
             self._changed.notify_all()
 
+    def outstanding(self) -> list[tuple[Ticket, float]]:
+        """Tickets whose trajectory is being made, oldest first, and their ages in seconds."""
+        with self._changed:
+            return self._book.outstanding(self._clock())
+
     def ledger(self) -> Ledger:
         """See `TrajectoryQueue.ledger`."""
         with self._changed:

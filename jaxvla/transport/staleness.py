@@ -157,8 +157,8 @@ class TicketBook:
         """Charged against the credit; after a restart it differs from `_consumed`."""
         self._outstanding: dict[int, Ticket] = {}
         """By ticket id. Insertion order is admission order, and so the order of the leases."""
-        self._deadlines_s: dict[int, float] = {}
-        """When the lease of each outstanding ticket runs out."""
+        self._since_s: dict[int, float] = {}
+        """When each outstanding ticket was admitted."""
         self._ready: dict[int, QueueItem] = {}
         self._overtakers: list[int] = []
         """Ids of taken tickets younger than the oldest outstanding one."""
@@ -189,7 +189,7 @@ class TicketBook:
         self._next_id += 1
         self._admitted += 1
         self._outstanding[ticket.id] = ticket
-        self._deadlines_s[ticket.id] = now_s + self._lease_s
+        self._since_s[ticket.id] = now_s
         return ticket
 
     def put(self, item: QueueItem) -> bool:
@@ -231,7 +231,8 @@ class TicketBook:
 
     def expire(self, now_s: float) -> int:
         """Drops the tickets whose lease has run out, reason "lease"; returns how many."""
-        lost = [self._outstanding[i] for i, end_s in self._deadlines_s.items() if end_s <= now_s]
+        lease_s = self._lease_s
+        lost = [self._outstanding[i] for i, s in self._since_s.items() if s + lease_s <= now_s]
         return sum(self.fail(ticket, "lease") for ticket in lost)
 
     def drop_future(self, learner_version: int) -> int:
@@ -248,9 +249,13 @@ class TicketBook:
         self._dropped["future"] += len(future)
         return len(future)
 
+    def outstanding(self, now_s: float) -> list[tuple[Ticket, float]]:
+        """Tickets whose trajectory is being made, oldest first, and their ages in seconds."""
+        return [(ticket, now_s - self._since_s[i]) for i, ticket in self._outstanding.items()]
+
     def next_deadline_s(self) -> float:
         """When the next lease runs out; inf without any."""
-        return next(iter(self._deadlines_s.values()), math.inf)
+        return next(iter(self._since_s.values()), math.inf) + self._lease_s
 
     def takable(self) -> list[int]:
         """Ids of the ready tickets that the order rule allows to take, oldest first."""
@@ -298,7 +303,7 @@ class TicketBook:
         self._consumed -= gathered
         self._dropped[reason] += len(self._outstanding) + len(self._ready) + gathered
         self._outstanding.clear()
-        self._deadlines_s.clear()
+        self._since_s.clear()
         self._ready.clear()
 
     def ledger(self) -> Ledger:
@@ -338,7 +343,7 @@ class TicketBook:
 
     def _end_lease(self, ticket_id: int) -> None:
         del self._outstanding[ticket_id]
-        del self._deadlines_s[ticket_id]
+        del self._since_s[ticket_id]
 
     def _check_request(self, count: int, learner_version: int) -> None:
         """Refuses what would wait for ever or would spend the credit of later updates."""

@@ -75,6 +75,17 @@ class AccountingStore(WeightStore):
                 publish_ms=self._publish_ms, pull_ms=self._pull_ms, nbytes=self._nbytes
             )
 
+    def lagging(self) -> list[tuple[str, int, float]]:
+        """See `WeightStore.lagging`."""
+        with self.changed:
+            now_s, behind = self.clock(), []
+            for account in self._accounts.values():
+                in_use = account.acknowledged_version
+                newer = [s for version, s in self._staged_s.items() if version > in_use]
+                if newer:
+                    behind.append((account.name, in_use, now_s - min(newer)))
+            return behind
+
     def close(self) -> None:
         """See `WeightStore.close`."""
         with self.changed:

@@ -74,7 +74,7 @@ def item_of(trajectory: Trajectory, position: int) -> QueueItem:
         end_state=f"after {segment}",
         episodes=episodes,
         num_env_steps=10,
-        num_useful_env_steps=8 + group,
+        num_useful_env_steps=(8 + group) * bool(np.any(trajectory.valid)),
         num_queries=16,
         num_invalid=0,
     )
@@ -311,6 +311,7 @@ def test_stop_ends_a_learner_that_waits(training) -> None:
     assert run.log == [] and run.learner.progress.version == 0
 
 
+@pytest.mark.fault(9)
 @pytest.mark.parametrize("is_streamed", [False, True])
 def test_updates_that_stay_non_finite_stop_the_run(training, is_streamed: bool) -> None:
     """Updates 1, 3 and 4 are bad; two in a row are one too many."""
@@ -332,6 +333,7 @@ def test_updates_that_stay_non_finite_stop_the_run(training, is_streamed: bool) 
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
 
 
+@pytest.mark.fault(9)
 def test_skipped_updates_are_counted_across_a_resume(training) -> None:
     progress = Progress(version=1, skipped_in_a_row=1)
     learning = {"num_updates": 6, "max_skipped_updates": 2}
@@ -340,6 +342,24 @@ def test_skipped_updates_are_counted_across_a_resume(training) -> None:
         run.run()
 
 
+@pytest.mark.fault(7)
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_updates_without_a_valid_sample_stop_the_run(training, is_streamed: bool) -> None:
+    """Updates 1, 3 and 4 have none; two in a row are one too many."""
+    empty = (0, 1, 4, 5, 6, 7)
+    run = Run(
+        training(),
+        [make_trajectory(i, num_invalid=16 * (i in empty)) for i in range(12)],
+        learning={"num_updates": 6, "max_skipped_updates": 2},
+        schedule={"stream_microbatches": is_streamed},
+    )
+    with pytest.raises(NonFiniteError, match="2 updates in a row had no valid sample"):
+        run.run()
+    assert run.learner.progress.version == 4 and run.learner.progress.skipped_in_a_row == 2
+    assert int(run.learner.state.num_steps) == 1 and int(run.learner.state.num_skipped) == 0
+
+
+@pytest.mark.fault(8)
 def test_one_bad_minibatch_of_an_update_shows(training) -> None:
     """The other steps of the update are taken; the update counts as one that skipped."""
     made = training(num_minibatches=4)

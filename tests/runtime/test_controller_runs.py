@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from fault_rows import FaultRow
 from serving.tiny_policy import TinyPolicy
 from simulation.counter_env import CounterEnv
 from tiny_run import (
@@ -19,6 +20,7 @@ from tiny_run import (
     NO_EVALUATION,
     SYNCHRONOUS,
     Run,
+    keeps_bound,
     make_blueprint,
     quick_jit,
     require_invariants,
@@ -154,6 +156,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(tmp_path_factory.mktemp("uninterrupted"), make_blueprint(**SYNCHRONOUS)).expect(0)
 
 
+@pytest.mark.fault(19)
 def test_a_stopped_run_ends_like_one_that_was_not(
     uninterrupted: Run, tmp_path: pathlib.Path
 ) -> None:
@@ -277,6 +280,7 @@ def _fail_to_save(run: Run, versions: set[int]) -> None:
     run.controller._checkpointer.save = saving
 
 
+@pytest.mark.fault(16)
 def test_a_run_goes_on_without_checkpoints_for_a_while(tmp_path: pathlib.Path) -> None:
     blueprint = make_blueprint(
         evaluation=NO_EVALUATION, checkpoint=c.CheckpointConfig(interval=1, max_failed_saves=3)
@@ -294,6 +298,7 @@ def test_a_run_goes_on_without_checkpoints_for_a_while(tmp_path: pathlib.Path) -
     ]
 
 
+@pytest.mark.fault(16)
 def test_a_run_that_can_save_nothing_ends(tmp_path: pathlib.Path) -> None:
     blueprint = make_blueprint(
         evaluation=NO_EVALUATION, checkpoint=c.CheckpointConfig(interval=1, max_failed_saves=2)
@@ -305,6 +310,7 @@ def test_a_run_that_can_save_nothing_ends(tmp_path: pathlib.Path) -> None:
     assert "checkpoint 2 could not be written" in run.summary()["detail"]
 
 
+@pytest.mark.fault(16)
 def test_a_last_checkpoint_that_fails_is_a_failure(tmp_path: pathlib.Path) -> None:
     run = Run(tmp_path, make_blueprint(evaluation=NO_EVALUATION))
     _fail_to_save(run, {4})
@@ -313,7 +319,10 @@ def test_a_last_checkpoint_that_fails_is_a_failure(tmp_path: pathlib.Path) -> No
     assert run.summary()["outcome"] == "failed"
 
 
-def test_updates_that_stay_non_finite_stop_the_run(tmp_path: pathlib.Path) -> None:
+@pytest.mark.fault(9)
+def test_updates_that_stay_non_finite_stop_the_run(
+    tmp_path: pathlib.Path, fault_row: FaultRow
+) -> None:
     learning = c.LearningConfig(num_updates=9, max_skipped_updates=2)
     blueprint = make_blueprint(
         NanPolicy(CounterEnv.spec), learning=learning, evaluation=NO_EVALUATION
@@ -324,6 +333,8 @@ def test_updates_that_stay_non_finite_stop_the_run(tmp_path: pathlib.Path) -> No
     assert summary["detail"].startswith("learning: NonFiniteError: 2 updates in a row")
     assert [x["learner/grad_norm"] for x in run.records()] == [None]
     assert run.steps() == [0]
+    assert summary["detail"].endswith("The last good checkpoint is update 0")
+    fault_row(survived=True, lost=0, bound_kept=keeps_bound(run), exit_code=4)
 
 
 def test_a_failure_outside_of_the_programs_is_the_callers(

@@ -132,6 +132,7 @@ def test_only_the_newest_version_is_delivered_and_only_once():
     assert subscription.poll() is None
 
 
+@pytest.mark.fault(24)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -162,6 +163,7 @@ def test_versions_must_rise(version):
         store.publish(version, make_params(version))
 
 
+@pytest.mark.fault(23)
 def test_failed_copy_changes_nothing_for_anybody():
     store = make_store()
     good = store.subscribe("good", sharding())
@@ -216,6 +218,7 @@ def test_readers_never_see_mixed_versions():
     assert store.acknowledged_version == num_versions
 
 
+@pytest.mark.fault(25)
 def test_acknowledged_version_is_that_of_the_slowest_live_server():
     risen = []
     store = make_store(on_acknowledged=risen.append)
@@ -338,6 +341,22 @@ def test_wait_for_answers_at_once_or_times_out():
     assert not store.wait_for(0, timeout_s=0.01)
     store.publish(0, make_params(0))
     assert store.wait_for(0)
+
+
+@pytest.mark.fault(25)
+def test_servers_that_lag_are_named_with_the_age_of_what_they_lack():
+    now_s = [0.0]
+    store = make_store(clock=lambda: now_s[0])
+    swift, slow = (store.subscribe(name, sharding()) for name in ("swift", "slow"))
+    for version in range(3):
+        now_s[0] = 10.0 * version
+        store.publish(version, make_params(version))
+        for server in (swift, slow) if version == 0 else (swift,):
+            server.acknowledge(server.poll()[0])
+    now_s[0] = 25.0
+    assert store.lagging() == [("slow", 0, 15.0)]
+    slow.acknowledge(slow.poll()[0])
+    assert store.lagging() == []
 
 
 def test_metrics_measure_publication_and_the_slowest_swap():

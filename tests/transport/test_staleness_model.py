@@ -91,7 +91,7 @@ class World:
     def fork(self, **changes: Any) -> "World":
         """An independent copy."""
         book = copy.copy(self.book)
-        for name in ("_outstanding", "_deadlines_s", "_ready", "_overtakers", "_dropped"):
+        for name in ("_outstanding", "_since_s", "_ready", "_overtakers", "_dropped"):
             setattr(book, name, getattr(book, name).copy())
         return replace(self, book=book, **changes)
 
