@@ -1,11 +1,13 @@
 """Where the programs of a run with `runtime.kind` "processes" or "ray" run: `config.runtime`. No
 jax."""
 
+import math
 import pathlib
 import re
 
 from jaxvla.config import ConfigError, ExperimentConfig, RuntimeConfig, override
 from jaxvla.endpoint import is_loopback
+from jaxvla.layout import Layout
 
 KINDS = ("local", "processes", "ray")
 PLACEMENTS = ("", "PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
@@ -13,7 +15,12 @@ PLACEMENTS = ("", "PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
 NODE = "node"
 """As `runtime.host`: the address that Ray knows a machine by."""
 TLS_FILES = ("cert.pem", "key.pem")
-RESOURCES = ("learner_resources", "server_resources", "simulator_resources")
+RESOURCES = (
+    "learner_resources",
+    "follower_resources",
+    "server_resources",
+    "simulator_resources",
+)
 
 
 def parse_resources(text: str) -> dict[str, float]:
@@ -66,6 +73,37 @@ def validate_cluster(config: ExperimentConfig) -> None:
         _require(settings, "address", not settings.address, "is for kind ray", "")
     if settings.tls_directory:
         _require_files(settings)
+
+
+def validate_gang(config: ExperimentConfig, layout: Layout) -> None:
+    """Checks what a learner of several processes needs of the other settings.
+
+    Args:
+      config: types and ranges are right.
+      layout: parsed.
+
+    Raises:
+      ConfigError: a setting cannot work.
+    """
+    settings, count = config.runtime, config.runtime.learner_processes
+    if count == 1:
+        return
+    holds = settings.kind != "local"
+    _require(settings, "learner_processes", holds, "must be 1 with kind local, one process", 1)
+    num_devices = layout.roles["learning"].num_devices
+    holds, allowed = num_devices % count == 0, f"must divide the {num_devices} learning devices"
+    _require(settings, "learner_processes", holds, allowed, math.gcd(count, num_devices))
+    own = num_devices // count
+    for role in ("simulation", "serving"):
+        needed = layout.roles[role].num_devices
+        if needed > own:
+            raise ConfigError(
+                "meshes.layout",
+                config.meshes.layout,
+                f"{role} may have {own} devices at most, those of one learner process, which "
+                "evaluates",
+                override("meshes.layout", f"simulation+serving={own}@0 learning={num_devices}@0"),
+            )
 
 
 def _require_files(settings: RuntimeConfig) -> None:

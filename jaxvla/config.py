@@ -400,10 +400,17 @@ class RuntimeConfig:
     learner_resources: str = ""
     """What Ray reserves for the learner, such as "CPU=8,GPU=1" or "TPU=4,TPU-v5e-8-head=1"; empty:
     nothing, it runs anywhere. With "processes" only its GPU or TPU counts: the devices it sees."""
+    follower_resources: str = ""
+    """The same for every further process of the learner."""
     server_resources: str = ""
     """The same for every policy server."""
     simulator_resources: str = ""
     """The same for every simulator."""
+    learner_processes: int = 1
+    """Processes of the learner, each with an equal part of the learning devices (docs/pods.md). The
+    first one leads: it does all else that a learner of one process does."""
+    meeting_s: float = 600.0
+    """Seconds that these processes wait for each other at the start."""
     max_restarts: int = 5
     """How often in a row a program is started anew that ended too soon; those that ran for ten
     minutes count from 0 again."""

@@ -19,14 +19,16 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxvla.config import UsageError
-
 _LOG = logging.getLogger(__name__)
 
 LEADER = 0
 """Index of the process that has the queue, publishes, records and evaluates."""
 
 _EXIT_FAILED = 1
+
+
+class NotMetError(RuntimeError):
+    """The processes of a learner did not come together."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +56,7 @@ def initialize(settings: GroupSettings) -> None:
     `heartbeat_timeout_s`: whoever supervises them starts all of them again.
 
     Raises:
-      UsageError: the processes did not meet, or their number is another one.
+      NotMetError: the processes did not meet, or their number is another one.
     """
     if settings.num_processes == 1:
         return
@@ -66,7 +68,7 @@ def initialize(settings: GroupSettings) -> None:
     finally:
         patience.cancel()
     if jax.process_count() != settings.num_processes:
-        raise UsageError(
+        raise NotMetError(
             f"the learner has {jax.process_count()} processes, {settings.num_processes} expected"
         )
     _LOG.info(
@@ -92,7 +94,7 @@ def _join(settings: GroupSettings) -> None:
             coordinator_bind_address=_bind_address(address),
         )
     except (ValueError, RuntimeError) as error:
-        raise UsageError(
+        raise NotMetError(
             f"the {settings.num_processes} learner processes did not meet at "
             f"{_where(settings)}: {error}"
         ) from error

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from jaxvla.assignment import validate_servers
-from jaxvla.cluster import KINDS, PLACEMENTS, validate_cluster
+from jaxvla.cluster import KINDS, PLACEMENTS, validate_cluster, validate_gang
 from jaxvla.config import ConfigError, ExperimentConfig, override
 from jaxvla.endpoint import validate_websocket
 from jaxvla.layout import Layout, LayoutError, parse_layout
@@ -42,6 +42,7 @@ def validate(config: ExperimentConfig) -> None:
     _validate_warm_start(config)
     validate_websocket(config.websocket, layout.roles["serving"])
     validate_cluster(config)
+    validate_gang(config, layout)
 
 
 def validate_devices(config: ExperimentConfig, num_devices: int) -> None:
@@ -100,6 +101,7 @@ _RANGES = (
             "algorithm.num_minibatches",
             "simulation.num_groups",
             "simulation.num_simulators",
+            "runtime.learner_processes",
             "simulation.envs_per_group",
             "simulation.lease_s",
             "simulation.straggler_s",
@@ -150,7 +152,9 @@ _RANGES = (
         allowed="must be in (0, 3600], at most an hour",
         holds=lambda x: 0 < x <= 3600,
         fix=12.0,
-        names=("runtime.grace_s", "runtime.restart_backoff_s", "runtime.silence_s"),
+        names=tuple(
+            f"runtime.{name}" for name in ("grace_s", "restart_backoff_s", "silence_s", "meeting_s")
+        ),
     ),
     _Range(
         allowed="must be in [0, 1]",

@@ -9,6 +9,7 @@ from jaxvla import config as c
 from jaxvla.cluster import parse_resources
 from jaxvla.config import ConfigError
 from jaxvla.main import load_config
+from jaxvla.runtime.cluster import check_cluster
 from jaxvla.validation import validate
 
 
@@ -55,6 +56,65 @@ def _config(**runtime: object) -> c.ExperimentConfig:
 def test_settings_that_cannot_work_are_named(settings: dict[str, object], field: str):
     with pytest.raises(ConfigError, match=f"config.{field}"):
         validate(_config(**settings))
+
+
+LAYOUT = "simulation+serving=4@0 learning=8@0"
+
+
+@pytest.mark.parametrize(
+    ("settings", "layout", "message"),
+    [
+        ({}, LAYOUT, None),
+        ({"learner_processes": 4}, "simulation+serving=2@0 learning=8@0:fsdp8", None),
+        ({"learner_processes": 0}, LAYOUT, "runtime.learner_processes = 0: must be > 0"),
+        (
+            {"kind": "local"},
+            LAYOUT,
+            "runtime.learner_processes = 2: must be 1 with kind local, one process. "
+            "Fix: --config.runtime.learner_processes=1",
+        ),
+        (
+            {"learner_processes": 6},
+            LAYOUT,
+            "runtime.learner_processes = 6: must divide the 8 learning devices. "
+            "Fix: --config.runtime.learner_processes=2",
+        ),
+        (
+            {},
+            "colocated=8",
+            "meshes.layout = 'colocated=8': simulation may have 4 devices at most, those of one "
+            "learner process, which evaluates. Fix: --config.meshes.layout='simulation+serving=4@0 "
+            "learning=8@0'",
+        ),
+        ({}, "simulation=1@0 serving=8@0 learning=8@0", "serving may have 4 devices at most"),
+        ({"meeting_s": 0.0}, LAYOUT, "runtime.meeting_s = 0.0: must be in (0, 3600]"),
+        ({"follower_resources": "TPU"}, LAYOUT, "runtime.follower_resources = 'TPU'"),
+    ],
+)
+def test_a_learner_of_several_processes(
+    settings: dict[str, object], layout: str, message: str | None
+):
+    config = _config(**({"kind": "processes", "learner_processes": 2} | settings))
+    config.meshes.layout = layout
+    if message is None:
+        validate(config)
+        return
+    with pytest.raises(ConfigError) as raised:
+        validate(config)
+    assert message in str(raised.value)
+
+
+def test_the_warm_start_is_made_by_one_process(tmp_path: pathlib.Path):
+    config = _config(kind="processes", learner_processes=2)
+    with pytest.raises(ConfigError, match="learner_processes = 2: the warm start is made by one"):
+        check_cluster(config, tmp_path)
+    (tmp_path / "checkpoints" / "0.orbax-checkpoint-tmp").mkdir(parents=True)  # not complete
+    with pytest.raises(ConfigError, match="the warm start"):
+        check_cluster(config, tmp_path)
+    (tmp_path / "checkpoints" / "0").mkdir()
+    check_cluster(config, tmp_path)
+    config.warm_start.num_steps = 0
+    check_cluster(config, tmp_path / "new")
 
 
 @pytest.mark.parametrize("kind", ["local", "processes", "ray"])

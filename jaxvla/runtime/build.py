@@ -303,6 +303,20 @@ class Training:
         start = jax.jit(lambda p: init_state(p, self.optimizer), out_shardings=self.placed)
         return start(params)
 
+    def compile(self, parts: "Parts") -> None:
+        """Compiles what an update calls; streamed updates compile at their first one.
+
+        Args:
+          parts: of the run.
+        """
+        if parts.config.schedule.stream_microbatches:
+            return
+        self.functions.compile(
+            self.target(),
+            [parts.blueprint.trajectory_struct()] * parts.config.learning.trajectories_per_update,
+            jax.eval_shape(lambda: parts.root),
+        )
+
     def target(self) -> TrainState:
         """What a checkpoint must hold, and where its leaves go."""
         return sharding.placed_structs(self.struct, self.placed)

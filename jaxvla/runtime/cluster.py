@@ -12,6 +12,7 @@ from jaxvla.runtime.channels import channel_config, own_host
 from jaxvla.runtime.devices import offered_devices, share_out
 from jaxvla.runtime.directory import Address
 from jaxvla.runtime.launch import Launcher, ProcessLauncher
+from jaxvla.runtime.pretrained import CHECKPOINTS
 from jaxvla.runtime.ray_cluster import RayLauncher, check_ray
 from jaxvla.runtime.replica_spec import LEARNER, SERVER, SIMULATOR, ReplicaSpec
 from jaxvla.runtime.screen_forwarding import ScreenReceiver
@@ -20,16 +21,31 @@ from jaxvla.telemetry import program_log
 from jaxvla.telemetry.progress import Screen
 
 
-def check_cluster(config: ExperimentConfig) -> None:
-    """Refuses what this machine lacks, before anything is started.
+def check_cluster(config: ExperimentConfig, workdir: pathlib.Path) -> None:
+    """Refuses what this machine or the work directory lacks, before anything is started.
 
     Raises:
-      ConfigError: Ray is not installed, or the processes need more devices than there are.
+      ConfigError: Ray is not installed, the processes need more devices than there are, or a
+        learner of several processes would have to make the warm start.
     """
     if config.runtime.kind == "ray":
         check_ray(config.runtime)
     elif config.runtime.kind == "processes":
         share_out(config.runtime, _kinds(config), offered_devices())
+    if config.runtime.learner_processes > 1 and config.warm_start.num_steps and _is_new(workdir):
+        raise ConfigError(
+            "runtime.learner_processes",
+            config.runtime.learner_processes,
+            "the warm start is made by one process; once it has saved, several go on from there",
+            f"{override('runtime.learner_processes', 1)}, or {override('warm_start.num_steps', 0)} "
+            f"{override('warm_start.num_grounding_steps', 0)}",
+        )
+
+
+def _is_new(workdir: pathlib.Path) -> bool:
+    """Whether no checkpoint was ever completed there."""
+    checkpoints = workdir.expanduser() / CHECKPOINTS
+    return not any(path.name.isdecimal() for path in checkpoints.glob("*"))
 
 
 def run_cluster(
@@ -70,6 +86,7 @@ def run_cluster(
         try:
             supervisor = Supervisor(
                 make_spec,
+                num_learners=settings.learner_processes,
                 num_servers=config.serving.num_servers,
                 num_simulators=config.simulation.num_simulators,
                 launcher=launcher,
@@ -101,8 +118,9 @@ def _launcher(config: ExperimentConfig, workdir: pathlib.Path) -> tuple[Launcher
 
 def _kinds(config: ExperimentConfig) -> list[str]:
     """Of all processes of the run."""
+    learners = [LEARNER] * config.runtime.learner_processes
     servers = [SERVER] * config.serving.num_servers
-    return [LEARNER, *servers, *[SIMULATOR] * config.simulation.num_simulators]
+    return [*learners, *servers, *[SIMULATOR] * config.simulation.num_simulators]
 
 
 def _make_spec(

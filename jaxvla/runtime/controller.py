@@ -31,6 +31,7 @@ from jaxvla.learning.warm_start import fit
 from jaxvla.runtime.alarms import Alarms
 from jaxvla.runtime.build import Blueprint, Parts, Training
 from jaxvla.runtime.crew import Crew, LocalCrew
+from jaxvla.runtime.gang import Alone, Gang
 from jaxvla.runtime.groups import Groups
 from jaxvla.runtime.local import LocalRuntime, ProgramFailedError
 from jaxvla.runtime.self_check import LogProbCheck, PolicyMismatchError
@@ -67,6 +68,7 @@ class Controller:
         command: str,
         schedule: Schedule = FREE,
         make_crew: Callable[[Parts, Groups, Telemetry, Schedule], Crew] = LocalCrew,
+        gang: Gang | None = None,
     ):
         """Args:
         blueprint: what to run.
@@ -76,6 +78,7 @@ class Controller:
         command: the command line; it also continues the run.
         schedule: to record or replay a run, which must be a new one.
         make_crew: the simulators and policy servers of the run.
+        gang: the processes of the learner, which this one leads; None: it is the only one.
         """
         self.config = blueprint.config
         self._parts = Parts(blueprint)
@@ -84,6 +87,7 @@ class Controller:
         self._stop_requested = stop_requested
         self._command = command
         self._schedule = schedule
+        self._gang = gang or Alone()
         self._telemetry = Telemetry(
             workdir=workdir, screen=screen, is_tracing=self.config.telemetry.trace
         )
@@ -135,7 +139,8 @@ class Controller:
         try:
             self._compile(is_fresh=restored is None)
             learner = self._learner(*self._resume(restored) if restored else self._begin())
-            difference = LogProbCheck(self._parts).run(learner.state.params)
+            check = LogProbCheck(self._parts, role=self._gang.checked_role)
+            difference = check.run(self._gang.to_place(learner.state.params))
             self._screen.message(f"sampled and evaluated log-probs agree to {difference:.1e}")
             self._train(learner)
             if not self._stop_requested.is_set():
@@ -152,14 +157,18 @@ class Controller:
             if isinstance(error.__cause__, NonFiniteError):
                 # A skipped step changes no parameter: what was saved meanwhile is good, too.
                 detail += f". The last good checkpoint is update {max(self._checkpointer.steps())}"
+            if code == EXIT_FAILED:
+                self._gang.give_up(error)
             self._screen.message(f"error: {detail}")
         except Exception as error:  # not a program's: the caller's to show
+            self._gang.give_up(error)
             self._close_books("failed", f"{type(error).__name__}: {error}")
             raise
         if learner is not None and code in (EXIT_FINISHED, EXIT_STOPPED):
             try:
                 self._save(learner)
             except SaveError as error:  # nobody would try again
+                self._gang.give_up(error)
                 outcome, detail, code = "failed", str(error), EXIT_FAILED
                 self._screen.message(f"error: {detail}")
         if not self._close_books(outcome, detail) and code == EXIT_FINISHED:
@@ -180,21 +189,10 @@ class Controller:
                 jobs.append(self._compile_warm_start)
         for sampler in dict.fromkeys(self._parts.samplers):
             jobs.append(functools.partial(sampler.compile, *shapes))
-        jobs.append(self._compile_training)
+        jobs.append(functools.partial(self._training.compile, self._parts))
         with self._screen.phase("compile"), ThreadPoolExecutor(max_workers=len(jobs)) as pool:
             for job in [pool.submit(job) for job in jobs]:
                 job.result()
-
-    def _compile_training(self) -> None:
-        """The learner's functions; streamed ones are compiled by the first update."""
-        if self.config.schedule.stream_microbatches:
-            return
-        trajectory = self._parts.blueprint.trajectory_struct()
-        self._training.functions.compile(
-            self._training.target(),
-            [trajectory] * self.config.learning.trajectories_per_update,
-            jax.eval_shape(lambda: self._parts.root),
-        )
 
     def _compile_warm_start(self) -> None:
         """Both stages of the warm start: scenes have no actions."""
@@ -303,11 +301,12 @@ class Controller:
         num_updates = self._schedule.num_updates(planned)
         if num_updates < planned:
             self._screen.message(f"the schedule ends after update {num_updates} of {planned}")
-        return Learner(
-            functions=self._training.functions,
+        functions = self._training.functions
+        learner = Learner(
+            functions=functions,
             state=state,
             progress=progress,
-            queue=self._queue,
+            queue=self._gang.source(self._queue, functions.placement),
             store=self._store,
             key=rng.stream(self._parts.root, "learning"),
             learning=dataclasses.replace(self.config.learning, num_updates=num_updates),
@@ -317,6 +316,8 @@ class Controller:
             meter=self._telemetry.meters["learning"],
             on_update=self._on_update,
         )
+        self._gang.lead(learner)
+        return learner
 
     def _train(self, learner: Learner) -> None:
         """Evaluates the starting point, then runs the programs until the learner ends."""
@@ -382,7 +383,8 @@ class Controller:
         """
         if not self.config.evaluation.num_episodes:
             return None
-        params = jax.device_put(learner.state.params, self._parts.sampler.params_shardings)
+        own = self._gang.to_place(learner.state.params)
+        params = jax.device_put(own, self._parts.sampler.params_shardings)
         version = learner.progress.version
         with self._screen.phase(f"evaluate update {version}"):
             videos = self._workdir / "videos" if is_final else None
@@ -407,7 +409,8 @@ class Controller:
             self._failed_saves += 1
             self._telemetry.recorder.add("faults/failed_saves", 1, Total)
             allowed = self.config.checkpoint.max_failed_saves
-            if self._failed_saves >= allowed:
+            # Other processes of the learner cannot be told that a save has failed.
+            if self._failed_saves >= allowed or not self._gang.is_one:
                 raise
             self._screen.message(f"error: {error} ({self._failed_saves} of {allowed} in a row)")
         else:
@@ -416,6 +419,7 @@ class Controller:
     def _save(self, learner: Learner) -> None:
         """Writes a checkpoint of the present version; raises SaveError."""
         progress = learner.progress
+        self._gang.save(progress.version)
         arrays = {
             "state": learner.state,
             "groups": {name: where["end_state"] for name, where in progress.groups.items()},

@@ -14,6 +14,8 @@ class Directory:
     session: str = ""
     """Of the learner that runs, empty while there is none."""
     learner: Address | None = None
+    gang: Address | None = None
+    """Where the learner's first process waits for its others, if it has some."""
     servers: Mapping[int, Address] = field(default_factory=dict)
     """Policy servers that have weights of this session, by index."""
     given_up: frozenset[int] = frozenset()
@@ -24,6 +26,7 @@ class Directory:
         return {
             "session": self.session,
             "learner": list(self.learner) if self.learner else None,
+            "gang": list(self.gang) if self.gang else None,
             "servers": {str(index): list(address) for index, address in self.servers.items()},
             "given_up": sorted(self.given_up),
         }
@@ -34,6 +37,7 @@ class Directory:
         return cls(
             session=fields["session"],
             learner=_address(fields["learner"]) if fields["learner"] else None,
+            gang=_address(fields["gang"]) if fields["gang"] else None,
             servers={int(index): _address(value) for index, value in fields["servers"].items()},
             given_up=frozenset(fields["given_up"]),
         )

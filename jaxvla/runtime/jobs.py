@@ -90,7 +90,7 @@ def run(
     replay = ScheduleReplay(replay_schedule) if replay_schedule else None
     has_processes = job == "train" and config.runtime.kind != "local"
     if has_processes:
-        check_cluster(config)
+        check_cluster(config, workdir)
         jax_settings.leave_accelerators()  # they are for the programs
     num_devices = _num_devices()  # before the env is made, which may put arrays on a device
     if not is_dry_run and not has_processes:

@@ -92,7 +92,7 @@ class RayLauncher:
 
     def _options(self, spec: ReplicaSpec) -> dict[str, Any]:
         """Of the actor: what it reserves, and where."""
-        options: dict[str, Any] = _reserved(self._settings, spec.kind)
+        options: dict[str, Any] = _reserved(self._settings, spec.kind, spec.index)
         # The supervisor starts it again, with another spec; two restarters would fight.
         options |= {"max_restarts": 0, "max_concurrency": 1}
         if self._group is not None:
@@ -105,7 +105,10 @@ class RayLauncher:
         return options
 
     def _make_group(self, kinds: Sequence[str]) -> Any:
-        bundles = [_amounts(self._settings, kind) or {"CPU": 0.001} for kind in kinds]
+        bundles = [
+            _amounts(self._settings, kind, place - self._bundles[kind]) or {"CPU": 0.001}
+            for place, kind in enumerate(kinds)
+        ]
         group = self._ray.util.placement_group(bundles, strategy=self._settings.placement)
         if not group.wait(PLACEMENT_TIMEOUT_S):
             self._ray.util.remove_placement_group(group)
@@ -194,18 +197,18 @@ def _init(ray: Any, settings: RuntimeConfig) -> None:
         ) from error
 
 
-def _amounts(settings: RuntimeConfig, kind: str) -> dict[str, float]:
+def _amounts(settings: RuntimeConfig, kind: str, index: int) -> dict[str, float]:
     """Ray resources of a process."""
     texts = {
-        LEARNER: settings.learner_resources,
+        LEARNER: settings.follower_resources if index else settings.learner_resources,
         SERVER: settings.server_resources,
         SIMULATOR: settings.simulator_resources,
     }
     return parse_resources(texts[kind])
 
 
-def _reserved(settings: RuntimeConfig, kind: str) -> dict[str, Any]:
-    amounts = _amounts(settings, kind)
+def _reserved(settings: RuntimeConfig, kind: str, index: int) -> dict[str, Any]:
+    amounts = _amounts(settings, kind, index)
     return {
         "num_cpus": amounts.pop("CPU", 0),
         "num_gpus": amounts.pop("GPU", 0),

@@ -29,7 +29,7 @@ from jaxvla.transport.channel import ChannelConfig, Connection, Listener
 from jaxvla.transport.dispatch import Handlers
 from jaxvla.transport.frames import FrameError
 from jaxvla.transport.remote_queue import QueueService
-from jaxvla.transport.remote_weights import RemoteWeightStore
+from jaxvla.transport.remote_weights import Fetch, RemoteWeightStore
 from jaxvla.transport.schedule import Schedule
 from jaxvla.transport.schema import read_int, read_text
 
@@ -49,6 +49,7 @@ class RemoteCrew:
         control: Control,
         channel: ChannelConfig,
         host: str,
+        fetch: Fetch,
     ):
         """Args:
         parts, groups, telemetry: of the run.
@@ -56,8 +57,10 @@ class RemoteCrew:
         control: line to the supervisor, which tells the others where the learner listens.
         channel: of all connections.
         host: to listen on.
+        fetch: brings parameters to this host.
         """
         del schedule
+        self._fetch = fetch
         self._config = parts.config
         self._groups = groups
         self._telemetry = telemetry
@@ -73,7 +76,9 @@ class RemoteCrew:
     def make_store(self, on_acknowledged: Callable[[int], None]) -> WeightStore:
         """See `Crew.make_store`."""
         self._store = RemoteWeightStore(
-            on_acknowledged=on_acknowledged, trainable=self._config.optimizer.trainable
+            on_acknowledged=on_acknowledged,
+            trainable=self._config.optimizer.trainable,
+            fetch=self._fetch,
         )
         return self._store
 

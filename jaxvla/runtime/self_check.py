@@ -20,8 +20,14 @@ class PolicyMismatchError(RuntimeError):
 class LogProbCheck:
     """Samples on the serving mesh, evaluates the samples on the learning mesh, compares."""
 
-    def __init__(self, parts: Parts):
+    def __init__(self, parts: Parts, *, role: str = "learning"):
+        """Args:
+        parts: with compiled samplers.
+        role: on whose mesh samples are evaluated. That of learning, unless some of its devices
+          are another process's.
+        """
         self._parts = parts
+        self._is_apart = role != "serving"
         policy = parts.blueprint.policy
 
         def log_prob(params: Params, observation: Observation, trace: Any) -> jax.Array:
@@ -29,7 +35,7 @@ class LogProbCheck:
 
         self._log_prob = jax.jit(log_prob)
         self._num_rows = parts.sampler.buckets[0]
-        self._rows = sharding.fitting_sharding(parts.meshes["learning"], self._num_rows)
+        self._rows = sharding.fitting_sharding(parts.meshes[role], self._num_rows)
 
     @functools.cached_property
     def _observation(self) -> Observation:
@@ -51,7 +57,7 @@ class LogProbCheck:
         """The greatest difference, nats.
 
         Args:
-          params: on the learning mesh.
+          params: on the learning mesh; or anywhere, when it is the serving mesh that evaluates.
 
         Raises:
           PolicyMismatchError: it is above the policy's `log_prob_tolerance`.
@@ -61,7 +67,8 @@ class LogProbCheck:
         keys = row_keys(rng.stream(self._parts.root, "self_check"), self._num_rows)
         sample, _ = sampler.run("explore", serving, [self._observation], keys)
         inputs: Any = jax.device_put((self._observation, sample.trace), self._rows)
-        evaluated = np.asarray(self._log_prob(params, *inputs))
+        own = params if self._is_apart else serving
+        evaluated = np.asarray(self._log_prob(own, *inputs))
         difference = float(np.abs(evaluated - sample.log_prob).max())
         allowed = self._parts.blueprint.policy.log_prob_tolerance
         if not difference <= allowed:

@@ -9,6 +9,7 @@ A process that ends too soon is started again, after a wait that doubles with ev
 One that has used up its restarts is given up: the run goes on with fewer simulators or policy
 servers, and ends when there are none left. A process that is silent for too long is killed first.
 The learner goes on from its last checkpoint; the others then begin a new session with it.
+The processes of one learner, its gang, live and die together: when one ends, all are started again.
 """
 
 import logging
@@ -16,7 +17,7 @@ import math
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
 
@@ -68,6 +69,8 @@ class _Replica:
     started_s: float = 0.0
     start_at_s: float = math.inf
     """When it is to be started."""
+    is_doomed: bool = False
+    """It was killed because another process of its gang had ended."""
     is_given_up: bool = False
     how_it_ended: str | None = None
     """In a few words, once the process is gone."""
@@ -97,6 +100,7 @@ class Supervisor:
         self,
         make_spec: Callable[[str, int, Address, str], ReplicaSpec],
         *,
+        num_learners: int = 1,
         num_servers: int,
         num_simulators: int,
         launcher: Launcher,
@@ -109,7 +113,8 @@ class Supervisor:
     ):
         """Args:
         make_spec: from kind, index, the supervisor's address and the run's token.
-        num_servers, num_simulators: how many processes of these kinds.
+        num_learners, num_servers, num_simulators: how many processes of these kinds. Those of
+          the learner are one gang; the first one leads it.
         launcher: starts them; closed at the end.
         channel: of all connections.
         host: to listen on.
@@ -128,7 +133,7 @@ class Supervisor:
         self._clock = clock
         self._events: SimpleQueue[_Event] = SimpleQueue()
         self._listener = Listener(host, 0, channel, self._serve)
-        kinds = [(LEARNER, 1), (SERVER, num_servers), (SIMULATOR, num_simulators)]
+        kinds = [(LEARNER, num_learners), (SERVER, num_servers), (SIMULATOR, num_simulators)]
         self._replicas = {
             spec.name: _Replica(spec=spec, start_at_s=-math.inf)
             for kind, count in kinds
@@ -139,6 +144,8 @@ class Supervisor:
         }
         self._directory = Directory()
         self._totals = _Totals()
+        self._gang_end = ""
+        """How the end of a gang began, until all of it is gone."""
         self._code: int | None = None
         """The exit code, once it is known."""
         self._stop_by_s = math.inf
@@ -146,6 +153,7 @@ class Supervisor:
 
     @property
     def _learner(self) -> _Replica:
+        """The first of its gang."""
         return next(self._of(LEARNER))
 
     def _of(self, kind: str) -> Iterator[_Replica]:
@@ -215,18 +223,31 @@ class Supervisor:
 
     def _heard(self, replica: _Replica, frame: Frame) -> None:
         """What a process says of itself."""
-        if frame.kind == "listening":
-            self._listening(replica, frame)
-        elif frame.kind == "ended":
+        if frame.kind == "ended":
             replica.last_words = frame.fields["detail"]
             code = frame.fields["code"]
-            # Wrong settings are wrong at every start, and the learner's word is the run's.
-            if code == EXIT_USAGE or replica.spec.kind == LEARNER:
+            if self._is_last_word(replica, code):
                 self._end(code, replica)
+        elif replica.is_doomed:
+            return  # the next start will be elsewhere
+        elif frame.kind == "listening":
+            self._listening(replica, frame)
+        elif frame.kind == "gathering":
+            host, port = frame.fields["address"]
+            self._announce(replace(self._directory, gang=(host, port)))
         elif replica.spec.kind == LEARNER:
             self._screen.show(frame)
         else:
             _LOG.error("%s said %r, which is unknown", replica.spec.name, frame.kind)
+
+    def _is_last_word(self, replica: _Replica, code: int) -> bool:
+        """Whether the run ends with this exit code of a process."""
+        if code == EXIT_USAGE:
+            return True  # wrong settings are wrong at every start
+        # The learner's word is the run's. But what fails in one process of a gang may be another
+        # one's death: the next start shows.
+        is_gang = len(list(self._of(LEARNER))) > 1
+        return replica is self._learner and not (is_gang and code == EXIT_FAILED)
 
     def _listening(self, replica: _Replica, frame: Frame) -> None:
         host, port = frame.fields["address"]
@@ -269,6 +290,7 @@ class Supervisor:
 
     def _start(self, replica: _Replica) -> None:
         replica.start_at_s, replica.started_s = math.inf, self._clock()
+        replica.is_doomed, replica.last_words = False, ""
         event = _Event(name=replica.spec.name, launch=replica.spec.launch)
         replica.launched = self._launcher.launch(
             replica.spec, lambda how: self._events.put(replace(event, ended=how))
@@ -281,39 +303,64 @@ class Supervisor:
         # The next start has another number, and what is still under way of this one is no news.
         replica.spec = replace(spec, launch=spec.launch + 1)
         self._forget(spec)
-        why = f"{how}: {replica.last_words}" if replica.last_words else how
+        why = f"{spec.name} ended ({how}: {replica.last_words})"
+        if not replica.last_words:
+            why = f"{spec.name} ended ({how})"
         if self._stop_by_s < math.inf:
             if spec.kind == LEARNER:
                 self._code = EXIT_STOPPED  # it was in the middle of something; a checkpoint counts
             return
-        if self._clock() - replica.started_s >= HEALTHY_S:
-            replica.num_in_a_row = 0
-        if replica.num_in_a_row >= self._settings.max_restarts:
-            self._give_up(replica, why)
+        if spec.kind == LEARNER:
+            self._end_gang(why)
+        else:
+            self._restart([replica], why)
+
+    def _end_gang(self, why: str) -> None:
+        """A process of the learner is gone: all of them go, and when they have, start again."""
+        gang = list(self._of(LEARNER))
+        self._gang_end = self._gang_end or why
+        for replica in gang:
+            if replica.launched is not None and not replica.is_doomed:
+                replica.is_doomed = True
+                replica.launched.kill()
+        if not any(replica.is_running for replica in gang):
+            why, self._gang_end = self._gang_end, ""
+            self._restart(gang, why)
+
+    def _restart(self, replicas: Sequence[_Replica], why: str) -> None:
+        """Starts processes that live together once more, later; the first one's count is theirs."""
+        first, spec = replicas[0], replicas[0].spec
+        if self._clock() - first.started_s >= HEALTHY_S:
+            first.num_in_a_row = 0
+        if first.num_in_a_row >= self._settings.max_restarts:
+            self._give_up(replicas, why)
             return
-        wait_s = min(self._settings.restart_backoff_s * 2**replica.num_in_a_row, MAX_BACKOFF_S)
-        replica.num_in_a_row += 1
-        replica.start_at_s = self._clock() + wait_s
-        count = f"{replica.num_in_a_row} of {self._settings.max_restarts} in a row"
-        self._screen.message(f"{spec.name} ended ({why}); restart in {wait_s:g} s ({count})")
+        wait_s = min(self._settings.restart_backoff_s * 2**first.num_in_a_row, MAX_BACKOFF_S)
+        first.num_in_a_row += 1
+        for replica in replicas:
+            replica.start_at_s = self._clock() + wait_s
+        count = f"{first.num_in_a_row} of {self._settings.max_restarts} in a row"
+        what = f"restart of all {len(replicas)} of its kind" if len(replicas) > 1 else "restart"
+        self._screen.message(f"{why}; {what} in {wait_s:g} s ({count})")
         self._totals.add(spec.kind)
         self._tell_restarts(self._learner)
 
     def _forget(self, spec: ReplicaSpec) -> None:
         """Takes a process that is gone out of the directory."""
         if spec.kind == LEARNER:
-            self._announce(replace(self._directory, session="", learner=None, servers={}))
+            self._announce(Directory(given_up=self._directory.given_up))
         elif spec.kind == SERVER and spec.index in self._directory.servers:
             left = {i: x for i, x in self._directory.servers.items() if i != spec.index}
             self._announce(replace(self._directory, servers=left))
 
-    def _give_up(self, replica: _Replica, why: str) -> None:
-        """Goes on without it, if there are others of its kind."""
-        spec = replica.spec
-        replica.is_given_up = True
+    def _give_up(self, replicas: Sequence[_Replica], why: str) -> None:
+        """Goes on without them, if there are others of their kind."""
+        replica, spec = replicas[0], replicas[0].spec
+        for each in replicas:
+            each.is_given_up = True
         left = [x for x in self._of(spec.kind) if not x.is_given_up]
         num = self._settings.max_restarts
-        self._screen.message(f"error: {spec.name} ended ({why}) after {num} restarts in a row")
+        self._screen.message(f"error: {why} after {num} restarts in a row")
         if not left:
             self._end(EXIT_FAILED, replica)
         elif spec.kind == SERVER:

@@ -12,6 +12,7 @@ order. Only one thread of the leader may speak at a time, the one that computes.
 Every follower gets the part of a trajectory that its devices hold.
 """
 
+import contextlib
 import dataclasses
 import logging
 import threading
@@ -278,8 +279,9 @@ class FollowerQueue:
             raise ValueError(f"the leader says {frame.kind!r} after this process's last update")
 
     def ask_stop(self) -> None:
-        """Asks the leader to stop, which ends this process too."""
-        self._link.send(Frame(kind="stop"))
+        """Asks the leader to stop, which ends this process too; nothing, where it has."""
+        with contextlib.suppress(OSError, RuntimeError):  # `take` says that the leader is gone
+            self._link.send(Frame(kind="stop"))
 
     def close(self, reason: str) -> None:
         """Leaves the others, which cannot go on then."""

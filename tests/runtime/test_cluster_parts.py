@@ -40,7 +40,11 @@ def test_what_is_no_spec_is_refused(text: str):
 
 def test_a_directory_comes_back_the_same():
     known = Directory(
-        session="s", learner=("h", 1), servers={0: ("h", 2), 3: ("h", 5)}, given_up=frozenset({1})
+        session="s",
+        learner=("h", 1),
+        gang=("h", 9),
+        servers={0: ("h", 2), 3: ("h", 5)},
+        given_up=frozenset({1}),
     )
     assert Directory.from_fields(known.fields()) == known
     assert Directory.from_fields(Directory().fields()) == Directory()

@@ -115,7 +115,7 @@ class Shown(io.StringIO):
 class Play:
     """A supervisor in a thread."""
 
-    def __init__(self, **settings: float):
+    def __init__(self, num_learners: int = 1, **settings: float):
         values = {"restart_backoff_s": 0.01, "grace_s": 5.0, "max_restarts": 2} | settings
         self.stage, self.stop_requested = Stage(), threading.Event()
         self.out = Shown()
@@ -123,6 +123,7 @@ class Play:
         self._screen = Screen(self.out, num_updates=3)
         self._supervisor = Supervisor(
             _spec,
+            num_learners=num_learners,
             num_servers=2,
             num_simulators=2,
             launcher=self.stage,
@@ -133,7 +134,8 @@ class Play:
             settings=RuntimeConfig(**values),  # pyright: ignore[reportArgumentType]
         )
         threading.Thread(target=lambda: self._codes.put(self._supervisor.run())).start()
-        names = ("learner_0", "server_0", "server_1", "simulator_0", "simulator_1")
+        learners = [f"learner_{index}" for index in range(num_learners)]
+        names = (*learners, "server_0", "server_1", "simulator_0", "simulator_1")
         self.actors = {name: self.stage.next(name) for name in names}
 
     def __getitem__(self, name: str) -> Actor:
@@ -353,3 +355,118 @@ def test_a_learner_killed_while_it_stops_counts_as_stopped(play: Play):
     play["learner_0"].hear("stop")
     play["learner_0"].end("signal 9")
     assert play.code() == 3
+
+
+# ------------------------------------------------------------------------------- gangs
+
+
+@pytest.fixture
+def gang() -> Iterator[Play]:
+    """A learner of three processes."""
+    made = Play(num_learners=3)
+    yield made
+    made.stop_requested.set()
+
+
+GANG = ("learner_0", "learner_1", "learner_2")
+
+
+def _gathers(play: Play, port: int) -> None:
+    """The leader listens for the others, which are told."""
+    play["learner_0"].say("gathering", address=["127.0.0.1", port])
+    for name in GANG[1:]:
+        found = play[name].directory(lambda d: d.gang is not None)
+        assert found.gang == ("127.0.0.1", port)
+
+
+def _restarted_gang(play: Play) -> None:
+    """All of it, in order, and nobody else."""
+    before = [play[name] for name in GANG]
+    for name in GANG:
+        play.restarted(name)
+    assert all(actor._has_ended for actor in before)
+
+
+@pytest.mark.parametrize("name", GANG)
+def test_a_gang_lives_and_dies_together(gang: Play, name: str):
+    _gathers(gang, 7)
+    _learner_listens(gang)
+    gang[name].end("signal 9")
+    _restarted_gang(gang)
+    gang.out.wait_for(
+        f"{name} ended (signal 9); restart of all 3 of its kind in 0.01 s (1 of 2 in a row)"
+    )
+    assert [gang[x].spec.launch for x in GANG] == [1, 1, 1]
+    assert gang.stage.launched.empty()
+    # Nothing of the last start is left for followers of this one to find.
+    known = gang["learner_1"].directory(lambda d: True)
+    assert (known.gang, known.learner, known.session) == (None, None, "")
+    _gathers(gang, 8)
+    _learner_listens(gang, session="b2")
+    assert gang["learner_0"].hear("restarts").fields["restarts"] == {"learning": 1}
+    assert not any(gang[x].was_killed.is_set() for x in ("server_0", "simulator_0"))
+    assert gang.finish() == 0
+
+
+def test_a_gang_has_one_budget(gang: Play):
+    for name in ("learner_1", "learner_2"):
+        gang[name].end("signal 9")
+        _restarted_gang(gang)
+    gang["learner_0"].end("signal 11")
+    gang.out.wait_for("error: learner_0 ended (signal 11) after 2 restarts in a row")
+    assert gang.code() == 1
+    assert "going on with" not in gang.out.getvalue()
+
+
+def test_a_failure_of_the_leader_of_a_gang_is_tried_again(gang: Play):
+    gang["learner_0"].say("ended", code=1, detail="a collective failed")
+    gang["learner_0"].end("exit code 1")
+    _restarted_gang(gang)
+    gang.out.wait_for("learner_0 ended (exit code 1: a collective failed); restart of all 3")
+    # What it said then is not said of the next end.
+    gang["learner_0"].end("signal 9")
+    _restarted_gang(gang)
+    gang.out.wait_for("learner_0 ended (signal 9); restart of all 3")
+    assert gang.finish() == 0
+
+
+@pytest.mark.parametrize("code", [0, 3, 4])
+def test_other_words_of_the_leader_are_the_runs(gang: Play, code: int):
+    assert gang.finish(code) == code
+
+
+@pytest.mark.parametrize("code", [0, 1, 4])
+def test_a_followers_word_is_not_the_runs(gang: Play, code: int):
+    gang["learner_2"].say("ended", code=code, detail="why")
+    gang["learner_2"].end(f"exit code {code}")
+    _restarted_gang(gang)
+    gang.out.wait_for(f"learner_2 ended (exit code {code}: why); restart of all 3")
+    assert gang.finish() == 0
+
+
+def test_wrong_settings_of_a_follower_end_the_run(gang: Play):
+    gang["learner_1"].say("ended", code=2, detail="config.x = 1: must be 2")
+    assert gang.code() == 2
+
+
+def test_what_a_process_says_that_was_killed_with_its_gang_is_no_news():
+    play = Play(num_learners=2)
+    leader, kill = play["learner_0"], play["learner_0"].kill
+    leader.kill = leader.was_killed.set  # it takes a while to be gone
+    play["learner_1"].end("signal 9")
+    assert leader.was_killed.wait(WAIT_S)
+    leader.say("gathering", address=["127.0.0.1", 7])
+    leader.say("listening", address=["127.0.0.1", 7], session="a1")
+    kill()
+    play.restarted("learner_0")
+    play.restarted("learner_1")
+    told = [play["simulator_0"].hear("directory").fields for _ in range(3)]
+    assert all(not (x["gang"] or x["learner"] or x["session"]) for x in told)
+    assert play.finish() == 0
+
+
+def test_a_gang_that_is_broken_while_it_stops_counts_as_stopped(gang: Play):
+    gang.stop_requested.set()
+    gang["learner_0"].hear("stop")
+    gang["learner_1"].end("signal 9")
+    assert gang.code() == 3
