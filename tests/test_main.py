@@ -303,6 +303,20 @@ def test_a_dry_run_says_who_shares_devices_and_who_answers_whom(place: pathlib.P
     assert sum(" share devices" in line for line in plan) == 1
 
 
+def test_a_dry_run_says_how_the_learner_is_spread_over_processes(place: pathlib.Path):
+    code, out, err = _main(
+        _DEBUG,
+        "--dry_run",
+        "--config.meshes.layout=simulation+serving=4@0 learning=8@0",
+        "--config.runtime.kind=processes",
+        "--config.runtime.learner_processes=2",
+        "--config.warm_start.num_steps=0",
+        "--config.warm_start.num_grounding_steps=0",
+    )
+    assert (code, err) == (0, "")
+    assert "  learning is spread over 2 processes of 4 devices" in out.splitlines()
+
+
 def test_a_dry_run_plans_for_devices_that_are_not_there(place: pathlib.Path):
     settings = (
         "--config.simulation.envs_per_group=512",

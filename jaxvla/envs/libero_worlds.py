@@ -19,7 +19,7 @@ from jaxvla.envs.libero_expert import Expert, make_expert
 from jaxvla.envs.libero_scene import with_original_friction
 from jaxvla.envs.libero_task import LiberoTask
 from jaxvla.envs.osc_host import HostPhysics, StepInput, StepOutcome
-from jaxvla.envs.quiet_mjx import mjx
+from jaxvla.envs.quiet_mjx import mjx, own_device
 from jaxvla.envs.rendering.rasterizer import BodyPoses, Camera, Rasterizer
 from jaxvla.envs.rendering.surfaces import Surfaces
 from jaxvla.types import AnyArray, EnvObservation, EnvSpec
@@ -89,8 +89,8 @@ class LiberoScene:
         self._max_shift_m = max_shift_m
         self._place_of = np.zeros(len(spec.tasks), np.int32)
         self._place_of[list(task_ids)] = np.arange(len(tasks))
-        self._mjx_model = mjx.put_model(model, impl="jax")
-        self._data = mjx.make_data(self._mjx_model)
+        self._mjx_model = mjx.put_model(model, own_device(), impl="jax")
+        self._data = mjx.make_data(self._mjx_model, own_device(), impl="jax")
         self._arm = osc.find_arm(model)
         self._hand = model.body(HAND_BODY).id
         self._fingers = np.asarray([model.joint(name).qposadr[0] for name in FINGER_JOINTS])

@@ -3,7 +3,15 @@
 import contextlib
 import io
 
+import jax
+
 with contextlib.redirect_stdout(io.StringIO()):
     import mujoco.mjx as mjx
 
-__all__ = ["mjx"]
+__all__ = ["mjx", "own_device"]
+
+
+def own_device() -> jax.Device:
+    """Where models and data belong. MJX would take the first device of all, which may be another
+    process's where a learner has several."""
+    return jax.local_devices()[0]

@@ -25,7 +25,7 @@ from jaxvla.config import ConfigError, EnvConfig
 from jaxvla.envs import tabletop_expert
 from jaxvla.envs import tabletop_scene as scene
 from jaxvla.envs.base import EnvState
-from jaxvla.envs.quiet_mjx import mjx
+from jaxvla.envs.quiet_mjx import mjx, own_device
 from jaxvla.envs.rendering.ray_caster import RayCaster, ScenePoses
 from jaxvla.types import EnvObservation, EnvSpec
 
@@ -109,8 +109,8 @@ class Tabletop:
     def __init__(self, config: TabletopConfig):
         self.config = config
         self.model = mujoco.MjModel.from_xml_string(scene.scene_xml())
-        self._mjx_model = mjx.put_model(self.model, impl="jax")
-        self._data = mjx.make_data(self._mjx_model)
+        self._mjx_model = mjx.put_model(self.model, own_device(), impl="jax")
+        self._data = mjx.make_data(self._mjx_model, own_device(), impl="jax")
         cameras = ("base", "wrist")
         self._renderer = RayCaster(self.model, cameras=cameras, size=config.image_size)
         self._block_qpos = np.asarray(

@@ -138,6 +138,7 @@ class Controller:
         learner = None
         try:
             self._compile(is_fresh=restored is None)
+            self._gang.line_up()
             learner = self._learner(*self._resume(restored) if restored else self._begin())
             check = LogProbCheck(self._parts, role=self._gang.checked_role)
             difference = check.run(self._gang.to_place(learner.state.params))

@@ -39,6 +39,10 @@ def _mesh_lines(blueprint: Blueprint) -> Iterator[str]:
     yield f"layout     {layout.text} ({layout.placement}), {jax.device_count()} devices present"
     for role, where in layout.roles.items():
         yield f"  {role:<11}{where}"
+    count, learning = blueprint.config.runtime.learner_processes, layout.roles["learning"]
+    if count > 1:
+        own = learning.num_devices // count
+        yield f"  learning is spread over {count} processes of {own} devices"
     for devices, roles in layout.occupants():
         if len(roles) > 1:
             yield f"  {' + '.join(roles)} share {span(devices)}"

@@ -31,6 +31,7 @@ from jaxvla.telemetry.activity import ActivityMeter
 from jaxvla.telemetry.tracing import NullTracer
 from jaxvla.transport.channel import ChannelConfig, Connection, ConnectionLostError, connect
 from jaxvla.transport.frames import Frame
+from jaxvla.transport.mirror import line_up
 from jaxvla.transport.schema import read_text
 
 _LOG = logging.getLogger("jaxvla.learning")
@@ -114,6 +115,7 @@ class FollowerReplica:
             del record
             return {"state": training.target()}
 
+        line_up(link)
         with contextlib.closing(blueprint.checkpointer(workdir)) as checkpointer:
             checkpointer.check(target, within=_STATE)
         if not (workdir / CHECKPOINTS).is_dir():
@@ -122,6 +124,7 @@ class FollowerReplica:
         checkpointer = blueprint.checkpointer(workdir)
         restored = checkpointer.restore(target, within=_STATE)
         training.compile(parts)
+        line_up(link)
         if restored is None:
             state, progress = training.init(parts.fresh_params(training)), Progress()
         else:

@@ -85,6 +85,10 @@ class Gang(Protocol):
         """There are no others."""
         ...
 
+    def line_up(self) -> None:
+        """What comes next takes all processes: returns when all are there."""
+        ...
+
     def save(self, version: int) -> None:
         """A checkpoint of this version is saved next."""
         ...
@@ -120,6 +124,9 @@ class Alone:
     def to_place(self, params: Params) -> Params:
         """See `Gang.to_place`."""
         return params
+
+    def line_up(self) -> None:
+        """See `Gang.line_up`."""
 
     def save(self, version: int) -> None:
         """See `Gang.save`."""
@@ -163,6 +170,10 @@ class LedGang:
         """See `Gang.to_place`: arrays on the host."""
         leaves, structure = jax.tree.flatten(params)
         return jax.tree.unflatten(structure, self.fetch(leaves))
+
+    def line_up(self) -> None:
+        """See `Gang.line_up`."""
+        self._leader.line_up()
 
     def save(self, version: int) -> None:
         """See `Gang.save`."""

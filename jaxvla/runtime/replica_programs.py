@@ -53,6 +53,7 @@ def _train(spec: ReplicaSpec, config: ExperimentConfig, control: Control, gang: 
     """Trains as a run in one process does, with simulators and policy servers elsewhere."""
     workdir = pathlib.Path(spec.workdir)
     blueprint = _blueprint(spec, config, tuple(REPLICA_ROLES.values()))
+    gang.line_up()
     check_checkpoint(blueprint, workdir, "train")
     if not (workdir / CHECKPOINTS).is_dir():
         check_initial_weights(blueprint.policy, blueprint.config.model, blueprint.identity)

@@ -35,6 +35,8 @@ Placement = Callable[[int], jax.sharding.Sharding]
 
 _AXIS = 1
 """Of the envs."""
+_LOOK_S = 0.5
+"""The leader, while it waits for followers, looks this often whether one is gone."""
 
 
 class Link(Protocol):
@@ -53,6 +55,21 @@ class Link(Protocol):
         ...
 
 
+def line_up(link: Link) -> None:
+    """A follower's side of `Leader.line_up`, before it has a `FollowerQueue`.
+
+    Args:
+      link: to the leader.
+
+    Raises:
+      ValueError: the leader does something else.
+    """
+    link.send(Frame(kind="here"))
+    frame = link.receive()
+    if frame.kind != "go":
+        raise ValueError(f"the leader says {frame.kind!r}, this process is about to line up")
+
+
 class FollowerLostError(RuntimeError):
     """A process of the learner is gone: the others cannot go on without it."""
 
@@ -67,6 +84,8 @@ class Leader:
         self._links = list(links)
         self._lost: str | None = None
         self._has_ended = False
+        self._arrivals = threading.Semaphore(0)
+        """Of followers at the next point where all line up."""
 
     def watch(self, *, on_stop: Callable[[], None], on_lost: Callable[[], None]) -> None:
         """Starts to listen to the followers, in a daemon thread each.
@@ -91,6 +110,19 @@ class Leader:
           FollowerLostError: one is gone.
         """
         self._send([Frame(kind=word, fields=fields or {})] * len(self._links))
+
+    def line_up(self) -> None:
+        """Returns when all followers have called `line_up` too, however long they take. To be done
+        before collectives that follow upon work of unlike length: between CPUs, gloo gives up
+        when another process comes 30 s later. After `watch`.
+
+        Raises:
+          FollowerLostError: one is gone.
+        """
+        for _ in self._links:
+            while not self._arrivals.acquire(timeout=_LOOK_S):
+                self.require_all()
+        self.say("go")
 
     def fetch(self, leaves: Sequence[jax.Array], params: Params) -> list[np.ndarray]:
         """Collective, of which the followers hear: copies of leaves on this host, see
@@ -161,8 +193,11 @@ class Leader:
         self, index: int, link: Link, on_stop: Callable[[], None], on_lost: Callable[[], None]
     ) -> None:
         try:
-            while link.receive().kind == "stop":
-                on_stop()
+            while (kind := link.receive().kind) in ("stop", "here"):
+                if kind == "stop":
+                    on_stop()
+                else:
+                    self._arrivals.release()
         except (OSError, RuntimeError, ValueError) as error:
             if not self._has_ended:
                 self._lost = f"learner process {index} is gone: {error}"

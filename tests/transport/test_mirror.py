@@ -11,7 +11,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxvla.transport.base import QueueItem, Ticket
 from jaxvla.transport.frames import Frame
-from jaxvla.transport.mirror import FollowerLostError, FollowerQueue, Leader, LeaderQueue
+from jaxvla.transport.mirror import (
+    FollowerLostError,
+    FollowerQueue,
+    Leader,
+    LeaderQueue,
+    line_up,
+)
 
 TIMEOUT_S = 60.0
 STRUCT = {"a": jax.ShapeDtypeStruct((3, 8), np.float32), "b": jax.ShapeDtypeStruct((3, 8, 2), bool)}
@@ -202,3 +208,45 @@ def test_a_follower_asks_the_leader_to_stop() -> None:
     leader.end()
     assert follower.take(1, 0) is None
     leader.close()
+
+
+def _watched(*links: MemoryLink) -> Leader:
+    leader = Leader(links)
+    leader.watch(on_stop=lambda: None, on_lost=lambda: None)
+    return leader
+
+
+def test_all_line_up_before_any_goes_on() -> None:
+    (ours_1, theirs_1), (ours_2, theirs_2) = _links(), _links()
+    leader, gone_on = _watched(ours_1, ours_2), threading.Event()
+
+    def follow(link: MemoryLink) -> None:
+        line_up(link)
+        gone_on.set()
+
+    first = threading.Thread(target=follow, args=(theirs_1,))
+    first.start()
+    lead = threading.Thread(target=leader.line_up)
+    lead.start()
+    theirs_2.send(Frame(kind="stop"))  # another word of a follower is no arrival
+    lead.join(0.05)
+    assert lead.is_alive() and not gone_on.is_set()
+    follow(theirs_2)
+    for thread in (lead, first):
+        thread.join(TIMEOUT_S)
+        assert not thread.is_alive()
+
+
+def test_nobody_lines_up_with_one_that_is_gone() -> None:
+    ours, theirs = _links()
+    leader = _watched(ours)
+    theirs.close()
+    with pytest.raises(FollowerLostError, match="learner process 1 is gone"):
+        leader.line_up()
+
+
+def test_a_follower_that_lines_up_hears_nothing_else() -> None:
+    ours, theirs = _links()
+    ours.send(Frame(kind="end"))
+    with pytest.raises(ValueError, match="says 'end', this process is about to line up"):
+        line_up(theirs)
