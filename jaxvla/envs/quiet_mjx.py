@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from typing import Any
 
 import jax
 
@@ -11,7 +12,10 @@ with contextlib.redirect_stdout(io.StringIO()):
 __all__ = ["mjx", "own_device"]
 
 
-def own_device() -> jax.Device:
-    """Where models and data belong. MJX would take the first device of all, which may be another
-    process's where a learner has several."""
+def own_device() -> Any:
+    """The `jax.Device` where models and data belong.
+
+    MJX would take the first device of all, which may be another process's where a learner has
+    several.
+    """
     return jax.local_devices()[0]

@@ -13,15 +13,9 @@ from dataclasses import dataclass
 
 from jaxvla.cluster import parse_resources
 from jaxvla.config import ConfigError, RuntimeConfig, override
-from jaxvla.runtime.replica_spec import LEARNER, SERVER, SIMULATOR
+from jaxvla.runtime.replica_spec import resource_field
 
 GPU, TPU = "GPU", "TPU"
-RESOURCE_FIELDS = {
-    LEARNER: "learner_resources",
-    SERVER: "server_resources",
-    SIMULATOR: "simulator_resources",
-}
-"""Kind of process -> field of the runtime's config."""
 
 _PATTERNS = {GPU: (r"nvidia\d+",), TPU: (r"accel\d+", r"vfio/\d+")}
 """Device files. Of TPUs, some machines have the one and some the other."""
@@ -39,7 +33,8 @@ class _Wish:
     """Of a process."""
 
     name: str
-    kind: str
+    field: str
+    """Of the runtime's config, where it is wished."""
     amount: float
 
 
@@ -87,10 +82,10 @@ def share_out(
     Raises:
       ConfigError: there are not enough of them, or an amount is none.
     """
-    names = _names(kinds)
-    shares: dict[str, Environment] = {name: {} for name in names}
+    fields = _fields(kinds)
+    shares: dict[str, Environment] = {name: {} for name in fields}
     for resource in (GPU, TPU):
-        wishes = _wishes(settings, names, resource)
+        wishes = _wishes(settings, fields, resource)
         if not any(wish.amount for wish in wishes):
             continue
         given = _give(settings, wishes, offers[resource], resource)
@@ -124,23 +119,23 @@ def _count(directory: pathlib.Path, resource: str) -> int:
     return 0
 
 
-def _names(kinds: Iterable[str]) -> dict[str, str]:
-    """Name of each process -> its kind."""
+def _fields(kinds: Iterable[str]) -> dict[str, str]:
+    """Name of each process -> field of the runtime's config that says its resources."""
     counts: dict[str, int] = {}
-    names: dict[str, str] = {}
+    fields: dict[str, str] = {}
     for kind in kinds:
         index = counts.get(kind, 0)
-        names[f"{kind}_{index}"], counts[kind] = kind, index + 1
-    return names
+        fields[f"{kind}_{index}"], counts[kind] = resource_field(kind, index), index + 1
+    return fields
 
 
-def _wishes(settings: RuntimeConfig, names: Mapping[str, str], resource: str) -> list[_Wish]:
+def _wishes(settings: RuntimeConfig, fields: Mapping[str, str], resource: str) -> list[_Wish]:
     wishes = []
-    for name, kind in names.items():
-        amount = parse_resources(getattr(settings, RESOURCE_FIELDS[kind])).get(resource, 0.0)
+    for name, field in fields.items():
+        amount = parse_resources(getattr(settings, field)).get(resource, 0.0)
         is_fraction = resource == GPU and amount < 1
         is_block = resource == GPU or not amount or int(amount) in (*_TPU_BOUNDS, 8)
-        wish = _Wish(name=name, kind=kind, amount=amount)
+        wish = _Wish(name=name, field=field, amount=amount)
         if not (is_fraction or amount.is_integer()):
             raise _error(settings, wish, f"{name} cannot have {amount:g} {resource}s")
         if not is_block:
@@ -205,6 +200,5 @@ def _on_cpu_without_devices(share: Environment) -> Environment:
 
 
 def _error(settings: RuntimeConfig, wish: _Wish, allowed: str) -> ConfigError:
-    name = RESOURCE_FIELDS[wish.kind]
-    fix = override(f"runtime.{name}", "") + ", or ask for less elsewhere"
-    return ConfigError(f"runtime.{name}", getattr(settings, name), allowed, fix)
+    fix = override(f"runtime.{wish.field}", "") + ", or ask for less elsewhere"
+    return ConfigError(f"runtime.{wish.field}", getattr(settings, wish.field), allowed, fix)

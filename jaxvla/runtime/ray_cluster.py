@@ -18,7 +18,7 @@ import psutil
 from jaxvla.cluster import parse_resources
 from jaxvla.config import ConfigError, RuntimeConfig, override
 from jaxvla.runtime.launch import Launched
-from jaxvla.runtime.replica_spec import LEARNER, SERVER, SIMULATOR, ReplicaSpec
+from jaxvla.runtime.replica_spec import ReplicaSpec, resource_field
 
 _LOG = logging.getLogger(__name__)
 
@@ -199,12 +199,7 @@ def _init(ray: Any, settings: RuntimeConfig) -> None:
 
 def _amounts(settings: RuntimeConfig, kind: str, index: int) -> dict[str, float]:
     """Ray resources of a process."""
-    texts = {
-        LEARNER: settings.follower_resources if index else settings.learner_resources,
-        SERVER: settings.server_resources,
-        SIMULATOR: settings.simulator_resources,
-    }
-    return parse_resources(texts[kind])
+    return parse_resources(getattr(settings, resource_field(kind, index)))
 
 
 def _reserved(settings: RuntimeConfig, kind: str, index: int) -> dict[str, Any]:

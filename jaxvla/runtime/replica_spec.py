@@ -10,6 +10,11 @@ REPLICA_ROLES = {LEARNER: "learning", SERVER: "serving", SIMULATOR: "simulation"
 """Kind of replica -> role of its program."""
 
 
+def resource_field(kind: str, index: int) -> str:
+    """Field of the runtime's config that says what a process gets."""
+    return f"{'follower' if kind == LEARNER and index else kind}_resources"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReplicaSpec:
     """One process for one program."""

@@ -52,6 +52,13 @@ def test_every_process_sees_its_own_gpus_alone():
     assert all("JAX_PLATFORMS" not in share for share in shares.values())
 
 
+def test_further_processes_of_the_learner_have_their_own_resources():
+    settings = asking(learner="GPU=1", server="GPU=1")
+    settings.follower_resources = "GPU=2"
+    shares = share_out(settings, (LEARNER, LEARNER, SERVER), gpus(4))
+    assert [len(share[CUDA].split(",")) for share in shares.values()] == [1, 2, 1]
+
+
 def test_who_asks_for_none_runs_on_the_cpu_when_others_have_some():
     shares = share_out(asking(learner="GPU=1", server="GPU=1"), KINDS, gpus(3))
     for name in ("simulator_0", "simulator_1"):
