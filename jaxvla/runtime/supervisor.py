@@ -48,8 +48,8 @@ class _Event:
     launch: int
     ended: str | None = None
     """How the process ended, in a few words."""
-    lost: bool = False
-    """Its control connection was lost."""
+    lost: str | None = None
+    """Why its control connection was lost."""
     frame: Frame | None = None
     """What it said."""
     connection: Connection | None = None
@@ -188,8 +188,8 @@ class Supervisor:
         try:
             while True:
                 self._events.put(replace(event, frame=connection.receive()))
-        except ConnectionLostError:
-            self._events.put(replace(event, lost=True))
+        except ConnectionLostError as error:
+            self._events.put(replace(event, lost=str(error)))
 
     def _next_event(self) -> _Event | None:
         """Waits for one until something else is due."""
@@ -210,10 +210,11 @@ class Supervisor:
             self._tell(replica, self._directory_frame())
         elif event.ended is not None:
             replica.how_it_ended = event.ended
-        elif event.lost:
+        elif event.lost is not None:
             replica.connection = None
             if replica.launched is not None and replica.how_it_ended is None:
                 # A healthy process keeps its connection. What has hung does not end by itself.
+                _LOG.warning("%s: %s", event.name, event.lost)
                 replica.launched.kill()
         elif event.frame is not None:
             self._heard(replica, event.frame)

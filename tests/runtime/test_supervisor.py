@@ -259,9 +259,10 @@ def test_a_learner_that_dies_goes_on_in_another_session(play: Play):
 
 
 @pytest.mark.fault(31)
-def test_a_process_that_falls_silent_is_killed_first(play: Play):
+def test_a_process_that_falls_silent_is_killed_first(play: Play, caplog: pytest.LogCaptureFixture):
     play["server_1"].connection.close()
     assert play["server_1"].was_killed.wait(WAIT_S)
+    assert "server_1: the connection to server_1.0 is lost" in caplog.text
     assert play.restarted("server_1").spec.launch == 1
     assert play.finish() == 0
 
