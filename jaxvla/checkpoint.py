@@ -143,6 +143,8 @@ class Checkpointer:
         except (OSError, ValueError, RuntimeError) as error:  # TensorStore's are ValueErrors
             self.close()  # orbax remembers the step
             self._remove_unfinished(is_own=True)
+            # Threads of orbax may still be writing; what they leave goes before the next save.
+            self._has_saved = False
             reason = str(error).strip().partition("\n")[0]
             raise SaveError(f"checkpoint {step} could not be written: {reason}") from error
 

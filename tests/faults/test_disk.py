@@ -164,6 +164,7 @@ def test_a_disk_that_stays_full_ends_the_run(tmp_path: pathlib.Path, fault_row: 
     assert "error: summary.json could not be written" in "\n".join(run.lines)
     again = Run(tmp_path / "run", blueprint).expect(0)
     require_invariants(again.records(), 6)
+    assert not list((tmp_path / "run" / "checkpoints").glob("*tmp*"))
     fault_row(survived=True, bound_kept=keeps_bound(again), exit_code=1)
 
 

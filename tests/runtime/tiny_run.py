@@ -163,9 +163,9 @@ class Run:
         return json.loads((self.workdir / "summary.json").read_text())
 
     def steps(self) -> list[int]:
-        """Checkpoints."""
-        directory = self.workdir / "checkpoints"
-        return sorted(int(x.name) for x in directory.iterdir()) if directory.is_dir() else []
+        """Complete checkpoints."""
+        names = [path.name for path in (self.workdir / "checkpoints").glob("*")]
+        return sorted(int(name) for name in names if name.isdecimal())
 
     def digests(self, step: int) -> dict[str, str]:
         """Leaf path -> SHA-256 of the arrays of a checkpoint."""
