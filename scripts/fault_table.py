@@ -166,7 +166,7 @@ def main() -> None:
     if arguments != ["--no_run"]:
         # All of it: what is no longer a test shall not stay.
         results = merged(results if arguments else [], measure(arguments))
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        RESULTS.write_text("[\n" + ",\n".join(map(json.dumps, results)) + "\n]\n")
     PAGE.write_text(page(PAGE.read_text(), results))
 
 
