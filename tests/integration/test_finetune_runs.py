@@ -7,7 +7,7 @@ import signal
 
 import pytest
 from read_page import charts
-from run_process import RunProcess
+from integration.run_process import RunProcess
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 

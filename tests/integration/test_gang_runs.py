@@ -6,7 +6,7 @@ import pathlib
 import signal
 
 import pytest
-from run_process import RunProcess
+from integration.run_process import RunProcess
 from test_cluster_runs import PROCESSES, SHORT, processes, require_nothing_left
 from test_runs import LOSSES, require_invariants
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from run_process import ROOT, RunProcess
+from integration.run_process import ROOT, RunProcess
 
 from jaxvla import main
 from jaxvla.runtime.build import Parts, draw_blueprint
