@@ -33,8 +33,11 @@ ERRORS: dict[str, type[Exception]] = {
     "value": ValueError,
     "failed": RuntimeError,
 }
-"""Name of an error on its way -> what it is again for the client; the last one stands for all
-others."""
+"""Name of an error on its way -> what it is again for the client; the last one: an answer that
+cannot be sent."""
+
+_Finished = tuple[int, str, Future | Exception]
+"""A request's number and kind, and what became of it; an exception if the batcher did not take it."""
 
 _MOST_WAITING = 1024
 """Requests of one connection that are not answered."""
@@ -128,8 +131,8 @@ class _Simulator:
     def __init__(self, service: InferenceService, connection: Connection):
         self.connection = connection
         self._service = service
-        self._outbox: queue.Queue[tuple[int, str, Future] | None] = queue.Queue(_MOST_WAITING + 1)
-        """Finished requests as (number, kind, future); None ends the sender."""
+        self._outbox: queue.Queue[_Finished | None] = queue.Queue(_MOST_WAITING + 1)
+        """None ends the sender."""
         self._lock = threading.Lock()
         self._num_waiting = 0
         """Requests that were not answered yet."""
@@ -186,20 +189,20 @@ class _Simulator:
             future = self._service.batcher.submit(
                 rows=len(query.keys), client=client, kind=kind, payload=query
             )
-        except (ValueError, Busy, BatcherClosedError) as error:
-            future = Future()
-            future.set_exception(error)
-        future.add_done_callback(functools.partial(self._finished, number, kind))
+        except (ValueError, Busy, BatcherClosedError) as refusal:
+            self._finished(number, kind, refusal)
+        else:
+            future.add_done_callback(functools.partial(self._finished, number, kind))
 
     def _check_session(self, frame: Frame) -> None:
         session = read_text(frame.fields, "session")
         if session != self._service.session:
             raise FrameError(f"session = {session!r:.80}, this is {self._service.session}")
 
-    def _finished(self, number: int, kind: str, future: Future) -> None:
+    def _finished(self, number: int, kind: str, outcome: Future | Exception) -> None:
         """Called by whoever finishes the request, most often the policy server's thread."""
         # There is room: no more requests wait than the outbox holds, with one place for the end.
-        self._outbox.put_nowait((number, kind, future))
+        self._outbox.put_nowait((number, kind, outcome))
 
     def _send_all(self) -> None:
         """Sends what is finished, in order. A lost connection leaves only counting to do."""
@@ -211,25 +214,32 @@ class _Simulator:
             except ConnectionLostError:
                 continue
 
-    def _send(self, number: int, kind: str, future: Future) -> None:
-        if future.cancelled():
+    def _send(self, number: int, kind: str, outcome: Future | Exception) -> None:
+        if isinstance(outcome, Exception):
+            self._refuse(number, outcome)
+        elif outcome.cancelled():
             self.connection.send(Frame(kind="cancelled", fields={"number": number}))
-            return
-        error = future.exception()
-        if error is None:
-            try:
-                self._send_answer(number, kind, future.result())
-                return
-            except FrameError as mistake:  # not what the schema promises, or beyond the limit
-                _LOG.error("%s: %s", self.connection.peer, mistake)
-                error = RuntimeError(str(mistake))
-        fields = {"number": number, **_error_fields(error)}
-        self.connection.send(Frame(kind="refused", fields=fields))
+        elif isinstance(error := outcome.exception(), (Busy, Expired, BatcherClosedError)):
+            self._refuse(number, error)
+        elif error is not None:
+            # It is the server that has failed, not the request, which its successor will answer.
+            _LOG.error("%s: no answer: %s: %s", self.connection.peer, type(error).__name__, error)
+            self.connection.close()
+        else:
+            self._send_answer(number, kind, outcome.result())
 
     def _send_answer(self, number: int, kind: str, answer: Answer) -> None:
-        arrays = self._service.schema.pack_result(kind, answer.result)
         fields = {"number": number, "version": answer.policy_version}
-        self.connection.send(Frame(kind="answer", fields=fields, arrays=arrays))
+        try:
+            arrays = self._service.schema.pack_result(kind, answer.result)
+            self.connection.send(Frame(kind="answer", fields=fields, arrays=arrays))
+        except FrameError as mistake:  # not what the schema promises, or beyond the limit
+            _LOG.error("%s: %s", self.connection.peer, mistake)
+            self._refuse(number, RuntimeError(str(mistake)))
+
+    def _refuse(self, number: int, error: Exception) -> None:
+        fields = {"number": number, **_error_fields(error)}
+        self.connection.send(Frame(kind="refused", fields=fields))
 
 
 def _error_fields(error: BaseException) -> dict[str, Any]:

@@ -179,7 +179,6 @@ class RemoteRig(Rig):
         in_process.test_every_client_gets_its_own_rows,
         in_process.test_weights_change_between_batches_only_and_are_staged_during_one,
         in_process.test_above_capacity_the_answer_is_busy,
-        in_process.test_an_error_after_the_forward_pass_reaches_the_requester_too,
         in_process.test_shutdown_answers_everything_that_is_pending,
         in_process.test_a_client_that_leaves_takes_its_request_along,
     ],
@@ -551,9 +550,7 @@ def test_an_answer_unlike_the_schema_is_an_error_not_a_hang() -> None:
     host.close()
 
 
-@pytest.mark.parametrize(
-    "error", [Busy("full"), Expired("late"), BatcherClosedError("over"), ValueError("rows")]
-)
+@pytest.mark.parametrize("error", [Busy("full"), Expired("late"), BatcherClosedError("over")])
 def test_errors_keep_their_type(error: Exception) -> None:
     batcher = make_batcher(trigger_rows=1)
     host = Host(batcher)
@@ -569,19 +566,21 @@ def test_errors_keep_their_type(error: Exception) -> None:
     host.close()
 
 
-def test_other_errors_are_told_in_words() -> None:
-    batcher = make_batcher(trigger_rows=1)
-    host = Host(batcher)
-    with linked(lambda: host.address) as link:
-        client = RemoteInferenceClient(link, "group_0")
-        client.join()
-        future = client.submit("explore", observation_of((2,)), keys_of((2,)))
-        batch = batcher.next_batch(TIMEOUT_S)
-        assert batch is not None
-        batch.requests[0].future.set_exception(ZeroDivisionError("no"))
-        with pytest.raises(RuntimeError, match="ZeroDivisionError: no"):
-            future.result(TIMEOUT_S)
-    host.close()
+@pytest.mark.fault(10)
+@pytest.mark.parametrize("error", [ZeroDivisionError("no"), ValueError("shapes differ")])
+def test_a_request_whose_server_fails_is_asked_again(error: Exception) -> None:
+    """What the server fails of is not an answer to the simulator, which would fail of it as well."""
+    with RemoteRig() as rig:
+        rig.publish(0)
+
+        def fail() -> None:
+            raise error
+
+        rig.sampler.before.append(fail)
+        with pytest.raises(ServerLostError):
+            rig.ask(0, 1, 2).result(TIMEOUT_S)
+        rig.join()
+        assert rig.error is error
 
 
 # -------------------------------------------------------------------------- a slow simulator
