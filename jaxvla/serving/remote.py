@@ -37,7 +37,7 @@ ERRORS: dict[str, type[Exception]] = {
 cannot be sent."""
 
 _Finished = tuple[int, str, Future | Exception]
-"""A request's number and kind, and what became of it; an exception if the batcher did not take it."""
+"""A request's number, its kind and what became of it: an exception if the batcher refused it."""
 
 _MOST_WAITING = 1024
 """Requests of one connection that are not answered."""

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -99,6 +100,18 @@ def require_nothing_left(run: RunProcess) -> None:
     assert run.descendants() == []
     left = [x for x in run.workdir.rglob("*") if x.name.endswith((".partial", "-checkpoint-tmp"))]
     assert left == []
+
+
+def wait_for_end(pid: int) -> None:
+    """Of a process that is no child of this one."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        assert select.select([descriptor], [], [], 30.0)[0], f"process {pid} lives on"
+    finally:
+        os.close(descriptor)
 
 
 def lost(summary: Mapping[str, Any]) -> int:

@@ -3,13 +3,12 @@
 import os
 import pathlib
 import re
-import select
 import signal
 import time
 
 import pytest
 from fault_rows import FaultRow
-from integration.run_process import RunProcess, lost, require_nothing_left
+from integration.run_process import RunProcess, lost, require_nothing_left, wait_for_end
 from integration.test_runs import LOSSES, SYNCHRONOUS, require_invariants
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
@@ -109,18 +108,6 @@ def test_nothing_outlives_a_killed_supervisor(tmp_path: pathlib.Path, fault_row:
     run.send(signal.SIGKILL)
     run.finish()
     for pid in processes(run).values():
-        _wait_for_end(pid)
+        wait_for_end(pid)
     require_nothing_left(run)
     fault_row(survived=True)
-
-
-def _wait_for_end(pid: int) -> None:
-    """Of a process that is no child of this one."""
-    try:
-        descriptor = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    try:
-        assert select.select([descriptor], [], [], 30.0)[0], f"process {pid} lives on"
-    finally:
-        os.close(descriptor)

@@ -6,8 +6,8 @@ import re
 import signal
 
 import pytest
-from read_page import charts
 from integration.run_process import RunProcess
+from read_page import charts
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 

@@ -569,7 +569,7 @@ def test_errors_keep_their_type(error: Exception) -> None:
 @pytest.mark.fault(10)
 @pytest.mark.parametrize("error", [ZeroDivisionError("no"), ValueError("shapes differ")])
 def test_a_request_whose_server_fails_is_asked_again(error: Exception) -> None:
-    """What the server fails of is not an answer to the simulator, which would fail of it as well."""
+    """What the server fails of is no answer: the simulator would fail of it as well."""
     with RemoteRig() as rig:
         rig.publish(0)
 
