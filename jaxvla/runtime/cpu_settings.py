@@ -29,7 +29,9 @@ def apply() -> list[str]:
     given = os.environ.get("XLA_FLAGS", "")
     missing = [f"{flag}={value}" for flag, value in wanted.items() if flag not in given]
     if missing:
-        os.environ["XLA_FLAGS"] = " ".join([given, *missing]).strip()
+        # In front: XLA reads no further than the first word that is no flag, such as
+        # "intra_op_parallelism_threads=1", which many recipes have.
+        os.environ["XLA_FLAGS"] = " ".join([*missing, given]).strip()
         lines.append(f"set XLA_FLAGS={os.environ['XLA_FLAGS']}")
     # Batched MuJoCo steps can deadlock in a thread pool of two.
     if "PJRT_NPROC" not in os.environ and (os.cpu_count() or 1) < _MIN_THREADS:

@@ -42,7 +42,14 @@ def test_makes_and_reports_the_settings():
 def test_keeps_the_users_flags_beside_its_own(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
     cpu_settings.apply()
-    assert os.environ["XLA_FLAGS"] == f"--xla_force_host_platform_device_count=4 {FLAGS}"
+    assert os.environ["XLA_FLAGS"] == f"{FLAGS} --xla_force_host_platform_device_count=4"
+
+
+def test_a_word_that_is_no_flag_hides_none_of_ours(monkeypatch: pytest.MonkeyPatch):
+    """XLA stops reading at it."""
+    monkeypatch.setenv("XLA_FLAGS", "intra_op_parallelism_threads=1")
+    cpu_settings.apply()
+    assert os.environ["XLA_FLAGS"] == f"{FLAGS} intra_op_parallelism_threads=1"
 
 
 def test_leaves_what_the_user_has_set_alone(monkeypatch: pytest.MonkeyPatch):
