@@ -18,7 +18,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
 def apply() -> list[str]:
-    """Makes the settings; returns one line per setting made."""
+    """Makes the settings; returns one line per setting made or missing."""
     lines = []
     # With the fusion emitters one step of a MuJoCo scene takes seconds instead of
     # milliseconds (jaxlib 0.10.2): the kinematic chain is recomputed in every consumer.
@@ -28,7 +28,9 @@ def apply() -> list[str]:
         wanted[_LEVEL_FLAG] = "2"
     given = os.environ.get("XLA_FLAGS", "")
     missing = [f"{flag}={value}" for flag, value in wanted.items() if flag not in given]
-    if missing:
+    if missing and given and not given.startswith("-"):
+        lines.append(f"XLA_FLAGS names a file, which should have {' '.join(missing)}")
+    elif missing:
         # In front: XLA reads no further than the first word that is no flag, such as
         # "intra_op_parallelism_threads=1", which many recipes have.
         os.environ["XLA_FLAGS"] = " ".join([*missing, given]).strip()

@@ -47,9 +47,17 @@ def test_keeps_the_users_flags_beside_its_own(monkeypatch: pytest.MonkeyPatch):
 
 def test_a_word_that_is_no_flag_hides_none_of_ours(monkeypatch: pytest.MonkeyPatch):
     """XLA stops reading at it."""
-    monkeypatch.setenv("XLA_FLAGS", "intra_op_parallelism_threads=1")
+    flags = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+    monkeypatch.setenv("XLA_FLAGS", flags)
     cpu_settings.apply()
-    assert os.environ["XLA_FLAGS"] == f"{FLAGS} intra_op_parallelism_threads=1"
+    assert os.environ["XLA_FLAGS"] == f"{FLAGS} {flags}"
+
+
+def test_a_file_of_flags_is_left_to_the_user(monkeypatch: pytest.MonkeyPatch):
+    """XLA takes the variable for a file's name unless it begins with a flag."""
+    monkeypatch.setenv("XLA_FLAGS", "/etc/xla_flags")
+    assert cpu_settings.apply()[0] == f"XLA_FLAGS names a file, which should have {FLAGS}"
+    assert os.environ["XLA_FLAGS"] == "/etc/xla_flags"
 
 
 def test_leaves_what_the_user_has_set_alone(monkeypatch: pytest.MonkeyPatch):
