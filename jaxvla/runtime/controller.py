@@ -143,8 +143,9 @@ class Controller:
             check = LogProbCheck(self._parts, role=self._gang.checked_role)
             difference = check.run(self._gang.to_place(learner.state.params))
             self._screen.message(f"sampled and evaluated log-probs agree to {difference:.1e}")
-            self._train(learner)
-            if not self._stop_requested.is_set():
+            if not self._train(learner):
+                learner = None  # still at work: its state is nobody else's
+            elif not self._stop_requested.is_set():
                 self._after = self._evaluate(learner, is_final=True)
             if self._stop_requested.is_set():
                 outcome, code = "stopped", EXIT_STOPPED
@@ -320,8 +321,9 @@ class Controller:
         self._gang.lead(learner)
         return learner
 
-    def _train(self, learner: Learner) -> None:
-        """Evaluates the starting point, then runs the programs until the learner ends."""
+    def _train(self, learner: Learner) -> bool:
+        """Evaluates the starting point, then runs the programs until the learner ends; False when
+        it did not do so within the grace of a stop."""
         self._crew.attach(self._queue)
         learner.publish_current()
         if learner.progress.version == 0 and self._before is None:
@@ -330,7 +332,7 @@ class Controller:
                 raise StoppedError
             self._try_to_save(learner)
         if learner.progress.version >= self.config.learning.num_updates:
-            return
+            return True
         programs = (*self._crew.programs(self._snapshots), learner)
         self._telemetry.begin_training()
         alarms = Alarms(
@@ -340,16 +342,23 @@ class Controller:
             recorder=self._telemetry.recorder,
             screen=self._screen,
         )
+        grace_s = self.config.runtime.grace_s / 2  # the rest is for the checkpoint
         try:
             with alarms.watching():
-                LocalRuntime(self._stop_requested).run(
-                    programs, self._telemetry.meters, learner, self.config.runtime.grace_s / 2
+                has_ended = LocalRuntime(self._stop_requested).run(
+                    programs, self._telemetry.meters, learner, grace_s
                 )
         finally:
             self._queue.close("shutdown")
             self._store.close()
             for program in programs:
                 program.close()
+        if not has_ended:
+            self._screen.message(
+                f"an update takes longer than {grace_s:g} s to stop: its work is lost, the last "
+                f"checkpoint counts; to wait longer, --config.runtime.grace_s={4 * grace_s:g}"
+            )
+        return has_ended
 
     def _on_update(self, learner: Learner) -> None:
         """After every update, in the learner's thread: record, evaluation, checkpoint."""

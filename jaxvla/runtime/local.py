@@ -39,7 +39,7 @@ class LocalRuntime:
         meters: dict[str, ActivityMeter],
         main: Program,
         grace_s: float,
-    ) -> None:
+    ) -> bool:
         """Runs programs until `main` has ended.
 
         Args:
@@ -47,6 +47,9 @@ class LocalRuntime:
           meters: role -> accounting.
           main: the program whose end is the end of the run.
           grace_s: seconds that threads get to end once told to stop.
+
+        Returns:
+          Whether `main` has ended. Otherwise it is still at work on what it holds.
 
         Raises:
           ProgramFailedError: one failed, or could not be started; all others were stopped.
@@ -66,6 +69,7 @@ class LocalRuntime:
         failed = self._failed
         if failed is not None and failed.error is not None:
             raise ProgramFailedError(failed.program.role, failed.error) from failed.error
+        return main_threads.state is ProgramState.STOPPED
 
     def _start(self, threads: ProgramThreads) -> bool:
         """False when the program cannot be started, whatever it raises; it has failed then."""

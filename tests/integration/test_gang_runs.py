@@ -20,6 +20,8 @@ SYNCHRONOUS = (
     "--config.schedule.overlap_rollout=False",
 )
 UPDATES = "--config.learning.num_updates"
+PATIENT = "--config.runtime.grace_s=120"
+"""An update on few cores takes seconds, and must end before it can be saved."""
 # Other meshes round in another way, which Adam makes larger: as in test_runs.py.
 TOLERANCE = 1e-5
 
@@ -71,7 +73,7 @@ def test_a_killed_follower_is_survived(tmp_path: pathlib.Path):
 
 
 def test_a_follower_that_gets_a_signal_stops_the_run(tmp_path: pathlib.Path):
-    run = RunProcess(tmp_path, *SHORT, *GANG, f"{UPDATES}=40", num_devices=4)
+    run = RunProcess(tmp_path, *SHORT, *GANG, PATIENT, f"{UPDATES}=40", num_devices=4)
     run.until(r"^update +3/")
     os.kill(processes(run)["learner_1"], signal.SIGTERM)
     run.expect(3)

@@ -19,6 +19,8 @@ from tiny_run import (
     LOSSES,
     NO_EVALUATION,
     SYNCHRONOUS,
+    TIMEOUT_S,
+    Record,
     Run,
     keeps_bound,
     make_blueprint,
@@ -216,6 +218,31 @@ def test_a_stop_before_the_first_update_saves_the_start(tmp_path: pathlib.Path) 
     run.expect(3)
     assert run.steps() == [0] and run.records() == []
     assert run.summary()["outcome"] == "stopped"
+
+
+def test_an_update_that_outlasts_the_grace_of_a_stop_is_not_saved(tmp_path: pathlib.Path) -> None:
+    """Its arrays change, or are another thread's collective, while it is under way."""
+    run = Run(tmp_path, make_blueprint(**SYNCHRONOUS, runtime=c.RuntimeConfig(grace_s=0.2)))
+    release, is_released = threading.Event(), threading.Event()
+
+    def stop(record: Record) -> None:
+        if record["update"] == 3:
+            run.stop.set()
+            assert release.wait(TIMEOUT_S)
+            is_released.set()
+
+    run.screen.on_update = stop
+    try:
+        run.expect(3)
+        assert not is_released.is_set()
+        assert run.steps() == [0, 2]
+        assert run.summary()["outcome"] == "stopped"
+        told = "an update takes longer than 0.1 s to stop: its work is lost"
+        assert any(line.startswith(told) for line in run.lines)
+    finally:
+        release.set()
+        assert is_released.wait(TIMEOUT_S)
+    Run(tmp_path, make_blueprint(**SYNCHRONOUS)).expect(0)
 
 
 # ------------------------------------------------------------------------- bad endings

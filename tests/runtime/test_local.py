@@ -62,10 +62,10 @@ def _run(
     main: _Program,
     stop: threading.Event | None = None,
     grace_s: float = _LONG_S,
-) -> None:
+) -> bool:
     tracer = Tracer()
     meters = {x.role: ActivityMeter(x.role, tracer=tracer) for x in programs}
-    LocalRuntime(stop or threading.Event()).run(programs, meters, main, grace_s)
+    return LocalRuntime(stop or threading.Event()).run(programs, meters, main, grace_s)
 
 
 def _is_alive(role: str) -> bool:
@@ -75,7 +75,7 @@ def _is_alive(role: str) -> bool:
 def test_the_end_of_main_stops_the_others():
     server = _Program("serving", _until_stopped, _until_stopped)
     learner = _Program("learning", _at_once)
-    _run([server, learner], main=learner)
+    assert _run([server, learner], main=learner)
     assert server.reasons == learner.reasons == ["finished"]
     assert not _is_alive("serving") and not _is_alive("learning")
 
@@ -219,3 +219,14 @@ def test_a_thread_that_does_not_stop_is_reported_and_left_behind(
         release.set()
         for number in range(3):
             _join(f"serving/thread_{number}")
+
+
+def test_a_main_program_that_does_not_stop_is_told_of():
+    release, stop = threading.Event(), threading.Event()
+    stop.set()
+    learner = _Program("learning", lambda _: release.wait(_LONG_S))
+    try:
+        assert not _run([learner], main=learner, stop=stop, grace_s=0.05)
+    finally:
+        release.set()
+        _join("learning/thread_0")
