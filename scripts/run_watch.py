@@ -1,6 +1,7 @@
 """The processes of a run as the operating system sees them: who they are, what they hold, and what
 is left of them afterwards. Linux. For the scripts that measure whole runs."""
 
+import collections
 import contextlib
 import os
 import pathlib
@@ -17,6 +18,8 @@ SUPERVISOR = "supervisor"
 MIB = 2**20
 _LISTENING = "0A"
 """State of a socket in /proc/net/tcp, see proc(5)."""
+_RAY_DIRECTORY = "ray"
+"""Among temporary files."""
 _SHARED_MEMORY = pathlib.Path("/dev/shm")
 _GONE = (psutil.NoSuchProcess, psutil.AccessDenied, ProcessLookupError, FileNotFoundError)
 _PROCESS_LINE = re.compile(r"(\w+_\d+) is process (\d+)")
@@ -106,6 +109,12 @@ class RunWatch:
             return {}
         return {name: int(pid) for name, pid in _PROCESS_LINE.findall(self._log.read_text())}
 
+    def restarted(self) -> list[str]:
+        """The program of every start that was not its first."""
+        lines = _PROCESS_LINE.findall(self._log.read_text())
+        starts = collections.Counter(name for name, _ in lines)
+        return sorted((starts - collections.Counter(list(starts))).elements())
+
     def memory(self) -> list[Memory]:
         """Of every process so far."""
         with self._lock:
@@ -130,7 +139,7 @@ class RunWatch:
         """What there is after the run. Waits for processes to be gone for `wait_s` at most.
 
         A segment of shared memory counts that is new and that no living process uses: others may
-        run on this machine.
+        run on this machine. What Ray keeps of its sessions, logs for the most part, is Ray's.
         """
         with self._lock:
             seen = dict(self._seen)
@@ -142,7 +151,11 @@ class RunWatch:
             processes=[f"{seen[x].name} ({x.pid})" for x in alive],
             listening=[who for inode, who in self._sockets.items() if inode in now],
             shared_memory=sorted(new - used),
-            temporary=sorted(str(x) for x in self._temporary.rglob("*") if not x.is_dir()),
+            temporary=sorted(
+                str(x)
+                for x in self._temporary.rglob("*")
+                if not x.is_dir() and x.relative_to(self._temporary).parts[0] != _RAY_DIRECTORY
+            ),
         )
 
     def _run(self) -> None:

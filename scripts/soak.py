@@ -257,11 +257,10 @@ def checks(soak: Soak, code: int, left: Leftovers, evaluation: Record | None) ->
 
 
 def _only_the_killed_have_died(soak: Soak) -> Check:
-    died = [match[1] for x in soak.lines if (match := re.match(r"(\w+_\d+) ended \(", x))]
-    killed = [kill.name for kill in soak.kills]
+    died, killed = soak.watch.restarted(), sorted(kill.name for kill in soak.kills)
     return Check(
         what="only killed processes have died",
-        holds=sorted(died) == sorted(killed),
+        holds=died == killed,
         found=f"{len(died)} died, {len(killed)} were killed",
     )
 
@@ -336,6 +335,8 @@ def main() -> None:
         print(f"{'':6}    {HEADER}", flush=True)
         try:
             code = soak.run()
+            if not (soak.workdir / "summary.json").exists():
+                raise SoakError(f"the run ended with exit code {code} and no summary")
             left = soak.watch.leftovers(wait_s=_END_S)
             found = checks(soak, code, left, evaluate(soak))
         except SoakError as error:

@@ -21,6 +21,7 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
+from fault_rows import FaultRow
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxvla.checkpoint import (
@@ -386,7 +387,7 @@ _KILLED_SAVE = """
     ],
 )
 def test_a_process_killed_while_saving_leaves_the_step_before(
-    directory: pathlib.Path, event: str, ending: str
+    directory: pathlib.Path, event: str, ending: str, fault_row: FaultRow
 ):
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(_KILLED_SAVE), str(directory), event, ending],
@@ -408,6 +409,7 @@ def test_a_process_killed_while_saving_leaves_the_step_before(
     assert sorted(x.name for x in directory.iterdir()) == ["1", "2"]
     restored = Checkpointer(directory, keep=2).restore(_small_target)
     assert restored is not None and restored.step == 2
+    fault_row(survived=True)
 
 
 @pytest.mark.fault(13)

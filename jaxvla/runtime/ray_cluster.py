@@ -8,9 +8,10 @@ import contextlib
 import importlib.util
 import logging
 import os
+import signal
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import psutil
@@ -63,7 +64,8 @@ class RayLauncher:
         """Of actors of a cluster of our own, so on this machine."""
         self._is_connected_here = not ray.is_initialized()
         if self._is_connected_here:
-            _init(ray, settings)
+            with _keeping_handler(signal.SIGTERM):
+                _init(ray, settings)
         self._group, self._bundles = None, _bundle_places(kinds)
         if settings.placement:
             self._group = self._make_group(kinds)
@@ -169,6 +171,19 @@ class _Actor:
             how = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
         self._ray.kill(self._actor, no_restart=True)
         self._on_end(how)
+
+
+@contextlib.contextmanager
+def _keeping_handler(number: int) -> Iterator[None]:
+    """Puts the handler of a signal back that the block replaces: Ray's exits without a checkpoint.
+
+    Only callable from the main thread.
+    """
+    handler = signal.getsignal(number)
+    try:
+        yield
+    finally:
+        signal.signal(number, handler)
 
 
 def _init(ray: Any, settings: RuntimeConfig) -> None:

@@ -75,6 +75,16 @@ def test_nothing_is_left_of_a_tidy_process(tmp_path: pathlib.Path, shared_memory
     assert (left.processes, left.listening, left.temporary) == ([], [], [])
 
 
+def test_logs_of_ray_are_not_ours(tmp_path: pathlib.Path):
+    temporary = tmp_path / "tmp"
+    (temporary / "ray" / "session").mkdir(parents=True)
+    for name in ("ray/session/raylet.out", "ours"):
+        (temporary / name).touch()
+    watch = RunWatch(os.getpid(), tmp_path / "run", temporary, interval_s=3600.0)
+    watch.close()
+    assert watch.leftovers(wait_s=0.0).temporary == [str(temporary / "ours")]
+
+
 def test_everything_that_is_left_is_found(tmp_path: pathlib.Path, shared_memory: pathlib.Path):
     process, watch, child = start(tmp_path, shared_memory, "yes")
     try:
@@ -98,4 +108,5 @@ def test_programs_are_known_by_the_name_of_their_latest_start(tmp_path: pathlib.
     (logs / "runtime.log").write_text("".join(f"12:00 INFO [runtime] {x}\n" for x in lines))
     watch = RunWatch(os.getpid(), tmp_path / "run", tmp_path, interval_s=3600.0)
     assert watch.processes() == {"learner_0": 7, "server_1": 6}
+    assert watch.restarted() == ["learner_0"]
     watch.close()

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 import test_server as in_process
+from fault_rows import FaultRow
 from local_connections import CONFIG, TIMEOUT_S, in_thread
 from serving.tiny_policy import TinyPolicy
 from simulation.counter_env import CounterEnv
@@ -508,7 +509,7 @@ WRONG = [
 @pytest.mark.fault(33)
 @pytest.mark.parametrize(("change", "message"), WRONG)
 def test_malformed_query_gets_an_error_and_harms_nobody(
-    monkeypatch: Any, change: Any, message: str
+    monkeypatch: Any, change: Any, message: str, fault_row: FaultRow
 ) -> None:
     with RemoteRig() as rig:
         rig.publish(0)
@@ -522,6 +523,7 @@ def test_malformed_query_gets_an_error_and_harms_nobody(
             future.result(TIMEOUT_S)
         again = client.submit("explore", observation_of((3,)), keys_of((3,)))
         require(again, [3], 0)
+    fault_row(survived=True)
 
 
 def test_the_client_refuses_it_first() -> None:

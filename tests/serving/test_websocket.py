@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fault_rows import FaultRow
 
 from jaxvla.config import WebsocketConfig
 from jaxvla.serving import websocket, wire
@@ -188,7 +189,7 @@ def test_text_is_refused() -> None:
 
 
 @pytest.mark.fault(27)
-def test_a_message_that_is_too_long_ends_its_connection_only() -> None:
+def test_a_message_that_is_too_long_ends_its_connection_only(fault_row: FaultRow) -> None:
     with serving() as rig, rig.connect() as other:
         with rig.connect() as connection:
             with contextlib.suppress(exceptions.ConnectionClosed):  # while it is still sending
@@ -205,6 +206,7 @@ def test_a_message_that_is_too_long_ends_its_connection_only() -> None:
         longest = {"x": np.zeros(2**20 - 100, np.uint8)}
         other.send(wire.pack(longest))
         assert wire.unpack(other.recv(TIMEOUT_S))["actions"].size == 2**20 - 100
+    fault_row(survived=True)
 
 
 @pytest.mark.fault(26)

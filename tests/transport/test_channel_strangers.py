@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fault_rows import FaultRow
 from transport.loopback import (
     TIMEOUT_S,
     TOKEN,
@@ -134,7 +135,7 @@ def test_every_connection_has_new_nonces() -> None:
 
 @pytest.mark.fault(28)
 @pytest.mark.parametrize("byte", [0, 63, 64, 67, 68, 83, 99])
-def test_every_byte_of_a_claim_is_proven(byte: int) -> None:
+def test_every_byte_of_a_claim_is_proven(byte: int, fault_row: FaultRow) -> None:
     with _echo(channel_config()) as listener, _raw(listener.address) as connected:
         connected.sendall(_PREAMBLE + _NONCE)
         greeting = _exactly(connected, 48)
@@ -144,6 +145,7 @@ def test_every_byte_of_a_claim_is_proven(byte: int) -> None:
         assert _all_of(connected) == b""
         _wait_for(listener, "refused", 1)
         _require_works(listener, channel_config())
+    fault_row(survived=True)
 
 
 @pytest.mark.fault(28)

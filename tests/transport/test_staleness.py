@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import pytest
+from fault_rows import FaultRow
 
 from jaxvla.transport.base import Ledger, QueueItem, Ticket
 from jaxvla.transport.staleness import CreditRule, StalenessViolation, TicketBook
@@ -280,7 +281,7 @@ def test_no_ticket_is_admitted_beyond_the_last_update():
 
 
 @pytest.mark.fault(22)
-def test_memory_limit_reckons_with_the_largest_payload_seen():
+def test_memory_limit_reckons_with_the_largest_payload_seen(fault_row: FaultRow):
     book = make_book(max_staleness=4, max_bytes=100)
     first = admit(book, 1)[0]
     book.put(item(first, nbytes=30))
@@ -289,6 +290,7 @@ def test_memory_limit_reckons_with_the_largest_payload_seen():
     assert len(book.take(1, learner_version=0)) == 1
     admit(book, 1)
     assert book.admit("simulator", 0.0) is None
+    fault_row(survived=True)
 
 
 @pytest.mark.fault(22)
