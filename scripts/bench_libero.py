@@ -253,7 +253,10 @@ def _show(variants: dict[str, dict[str, Any]]) -> None:
         cells = "".join(f"{x:>{w}.1f}" for x, w in zip(numbers, (8, 8, 9, 8, 8), strict=True))
         first = f"{row['cold_first_step_s']:.0f} / {row['first_step_s']:.0f} s"
         print(f"{name:<14}{cells}{first:>18}")
-    package = max((row for name, row in variants.items() if name.startswith("package")), key=_both)
+    packages = [row for name, row in variants.items() if name.startswith("package")]
+    if not packages:
+        return
+    package = max(packages, key=_both)
     for kind in ("mujoco", "mjx"):
         rows = [row for name, row in variants.items() if name.startswith(kind)]
         if rows:
