@@ -38,6 +38,25 @@ def parse_resources(text: str) -> dict[str, float]:
     return amounts
 
 
+def weights_parent(index: int, fanout: int) -> int | None:
+    """Policy server that another one gets its weights from; None for the learner.
+
+    Servers 0 to fanout-1 hang on the learner, the next fanout on server 0, and so on: a complete
+    tree, in which a parent always comes before its children.
+
+    Args:
+      index: of the server.
+      fanout: `runtime.weights_fanout`; 0: all hang on the learner.
+    """
+    return index // fanout - 1 if 0 < fanout <= index else None
+
+
+def weights_children(index: int, fanout: int, num_servers: int) -> range:
+    """Policy servers that get their weights from this one; see `weights_parent`."""
+    first = fanout * (index + 1)
+    return range(min(first, num_servers), min(first + fanout, num_servers))
+
+
 def validate_cluster(config: ExperimentConfig) -> None:
     """Checks what needs neither Ray nor the network.
 
@@ -59,6 +78,8 @@ def validate_cluster(config: ExperimentConfig) -> None:
             override("simulation.num_simulators", 1),
         )
     if settings.kind == "local":
+        holds, allowed = settings.weights_fanout == 0, "must be 0 with kind local, one process"
+        _require(settings, "weights_fanout", holds, allowed, 0)
         return
     if config.serving.split_devices:
         raise ConfigError(

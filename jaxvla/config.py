@@ -409,6 +409,9 @@ class RuntimeConfig:
     learner_processes: int = 1
     """Processes of the learner, each with an equal part of the learning devices (docs/pods.md). The
     first one leads: it does all else that a learner of one process does."""
+    weights_fanout: int = 0
+    """Policy servers that the learner sends weights to, and that each of those sends them on to: a
+    tree (docs/cluster.md); 0: the learner sends to all. Not for kind "local"."""
     meeting_s: float = 600.0
     """Seconds that these processes wait for each other at the start."""
     max_restarts: int = 5
@@ -463,6 +466,47 @@ class TelemetryConfig:
     """Extra metric writers by registry name: tensorboard, wandb."""
     trace: bool = True
     """Write trace.json (Perfetto)."""
+    profile_updates: int = 0
+    """Updates that JAX's profiler watches, into WORKDIR/profile; 0: none."""
+    profile_start: int = 2
+    """Updates before those."""
+
+
+@dataclass(kw_only=True, slots=True)
+class SweepConfig:
+    """Trials of many layouts and settings: the job "sweep", see docs/scaling.md."""
+
+    layouts: tuple[str, ...] = ("all",)
+    """Layouts to try; "all" stands for those worth trying, see `jaxvla.scaling.layouts`."""
+    axes: tuple[str, ...] = ()
+    """Other settings to try, each as "section.field=VALUE,VALUE"; every layout is tried with every
+    combination that can work."""
+    num_devices: tuple[int, ...] = ()
+    """Device counts that "all" fills, such as (2, 4, 8); empty: all devices that trials have."""
+    host_devices: int = 0
+    """Devices that JAX makes of this machine's CPUs for every trial; 0: those that are present."""
+    devices_per_host: int = 0
+    """Of "all": the devices of every role lie within one host or fill whole ones; 0: any."""
+    device_memory_gib: float = 0.0
+    """Of "all": memory of a device, which parameters, optimizer state, activations and encodings
+    have to fit in; 0: what the devices say, and CPU devices say nothing."""
+    keep: tuple[str, ...] = ()
+    """Of "all": what is kept although it is seldom worth trying: order (the same parts in another
+    order), tensor (tensor parallelism of what fits without), fsdp (the same of sharding)."""
+    warmup_updates: int = 2
+    """Updates of every trial before those that are measured; at least the staleness bound + 1,
+    until simulation is as far ahead as it may be. As many follow, for the same reason."""
+    measured_updates: int = 8
+    """Updates measured. Where trials differ in chunk queries per update, so many that all of them
+    make as many chunk queries as this many updates of the config do, rounded up."""
+    repeats: int = 3
+    """Runs of every trial, all trials in turn."""
+    max_trials: int = 32
+    """More trials than these are refused."""
+    timeout_s: float = 1800.0
+    """A run that takes longer has failed."""
+    retry_failed: bool = False
+    """Try again what sweep.json says has failed."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -492,6 +536,7 @@ class ExperimentConfig:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     websocket: WebsocketConfig = field(default_factory=WebsocketConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

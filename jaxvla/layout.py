@@ -165,3 +165,55 @@ def _mesh_axes(role: str, num_devices: int, given: dict[str, int]) -> dict[str, 
     if math.prod(axes.values()) != num_devices:
         raise LayoutError(f"{role}: axes {axes} do not multiply to {num_devices} devices")
     return axes
+
+
+def write_layout(roles: dict[str, RoleLayout]) -> Layout:
+    """The layout of role layouts, with its shortest text.
+
+    Args:
+      roles: one entry per role.
+    """
+    ordered = {role: roles[role] for role in ROLES}
+    joined = _joined_text(ordered)
+    try:
+        if parse_layout(joined).roles == ordered:
+            return Layout(text=joined, roles=ordered)
+    except LayoutError:  # roles on the same devices have axes that no common part can tell
+        pass
+    return Layout(text=_explicit_text(ordered), roles=ordered)
+
+
+def _joined_text(roles: dict[str, RoleLayout]) -> str:
+    """One part for all roles on the same devices, by first device. Others than those that follow
+    each other say where they begin."""
+    parts: dict[range, list[str]] = {}
+    for name, role in roles.items():
+        parts.setdefault(role.devices, []).append(name)
+    texts, following = [], 0
+    # The parts that tile the devices come first, then what lies across them.
+    for devices in sorted(parts, key=lambda x: (_is_spanning(x, parts), x.start)):
+        names = parts[devices]
+        title = "colocated" if len(names) == len(ROLES) else "+".join(names)
+        axes: dict[str, int] = {}
+        for name in names:
+            axes |= roles[name].axes
+        texts.append(_part_text(title, devices, axes, following))
+        following = devices.stop
+    return " ".join(texts)
+
+
+def _is_spanning(devices: range, parts: dict[range, list[str]]) -> bool:
+    """Whether other parts lie within these devices."""
+    return any(x != devices and x.start in devices and x[-1] in devices for x in parts)
+
+
+def _explicit_text(roles: dict[str, RoleLayout]) -> str:
+    """One part per role, each of which says where it begins."""
+    return " ".join(_part_text(name, x.devices, x.axes, -1) for name, x in roles.items())
+
+
+def _part_text(title: str, devices: range, axes: dict[str, int], following: int) -> str:
+    """One part; `data` is left out, as it takes what is left."""
+    where = "" if devices.start == following else f"@{devices.start}"
+    given = ",".join(f"{axis}{n}" for axis, n in axes.items() if axis != "data" and n > 1)
+    return f"{title}={len(devices)}{where}" + (f":{given}" if given else "")

@@ -2,7 +2,7 @@
 
     python -m jaxvla.main --config=configs/quickstart.py [--config.section.field=value ...]
                           [--workdir=DIR]
-                          [--job=train|finetune|evaluate|serve|export|compile_tasks]
+                          [--job=train|finetune|evaluate|serve|export|compile_tasks|sweep]
                           [--judge] [--dry_run] [--noresume]
                           [--export_dir=DIR] [--asset_id=NAME]
                           [--record_schedule=FILE] [--replay_schedule=FILE]
@@ -15,6 +15,7 @@ Jobs
   serve          that checkpoint on a websocket, for openpi's clients, until SIGTERM or SIGINT
   export         that checkpoint as one of openpi, in --export_dir, which must not exist
   compile_tasks  the task files of libero_mjx, from the installed LIBERO package
+  sweep          short runs of many layouts and settings (config.sweep), see docs/scaling.md
 
 Exit codes: 0 finished, 1 a program failed, 2 bad usage or config, 3 stopped by a signal
 (the same command continues), 4 a safety stop. A signal is the end that serve is meant to have:
@@ -23,6 +24,7 @@ once its requests are answered it exits with 0.
 Nothing is imported here that imports jax before the settings for CPU runs are in place.
 """
 
+import copy
 import difflib
 import os
 import pathlib
@@ -30,8 +32,9 @@ import re
 import runpy
 import shlex
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -42,8 +45,10 @@ from jaxvla.registry import nearest
 from jaxvla.runtime import cpu_settings
 from jaxvla.validation import type_name, validate
 
-EXIT_FINISHED, EXIT_USAGE = 0, 2
-JOBS = ("train", "finetune", "evaluate", "serve", "export", "compile_tasks")
+EXIT_FINISHED, EXIT_USAGE, EXIT_STOPPED = 0, 2, 3
+JOBS = ("train", "finetune", "evaluate", "serve", "export", "compile_tasks", "sweep")
+_AUTO = "auto"
+"""Value of meshes.layout that has one chosen."""
 
 
 def console_main() -> None:
@@ -60,15 +65,23 @@ def main(argv: Sequence[str]) -> int:
         if config is None:
             _say(f"{__doc__}\n{options.main_module_help()}")
             return EXIT_FINISHED
+        is_auto = config.meshes.layout == _AUTO
+        if is_auto:
+            config.meshes.layout = _smallest_layout(config)
         validate(config)
         from jaxvla.runtime import jobs
 
         for line in settings:
             _say(line)
+        if options["job"].value == "sweep":
+            return _sweep(argv, options, config)
+        if is_auto:
+            config.meshes.layout = _choose_layout(argv, options, config)
+            validate(config)
         return jobs.run(
             job=str(options["job"].value),
             config=config,
-            workdir=pathlib.Path(options["workdir"].value or f"runs/{config.name}"),
+            workdir=_workdir(options, config),
             is_dry_run=bool(options["dry_run"].value),
             may_resume=bool(options["resume"].value),
             command=shlex.join(["python", "-m", "jaxvla.main", *argv[1:]]),
@@ -81,6 +94,110 @@ def main(argv: Sequence[str]) -> int:
     except UsageError as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return EXIT_USAGE
+    except _StoppedError:
+        return EXIT_STOPPED
+
+
+class _StoppedError(Exception):
+    """A signal asked to stop while a layout was being chosen."""
+
+
+def _workdir(options: flags.FlagValues, config: ExperimentConfig) -> pathlib.Path:
+    return pathlib.Path(options["workdir"].value or f"runs/{config.name}")
+
+
+def _check_flags(
+    options: flags.FlagValues, config: ExperimentConfig, workdir: pathlib.Path
+) -> None:
+    """Refuses flags that do not fit the job, for jobs that begin before `jobs.run` looks at them.
+
+    Raises:
+      UsageError: a flag of another job, or a schedule where there is none.
+    """
+    from jaxvla.runtime import jobs
+
+    job = str(options["job"].value)
+    is_exporting = bool(options["export_dir"].value or options["asset_id"].value)
+    jobs.check_flags(job, with_judge=bool(options["judge"].value), is_exporting=is_exporting)
+    jobs.check_schedules(
+        _path(options["record_schedule"].value),
+        _path(options["replay_schedule"].value),
+        job=job,
+        kind=config.runtime.kind,
+        workdir=workdir,
+    )
+
+
+def _arguments(argv: Sequence[str], options: flags.FlagValues) -> list[str]:
+    """--config and the settings of a command line, for other commands."""
+    settings = _define_flags()(list(argv), known_only=True)[1:]
+    return [f"--config={options['config'].value}", *settings]
+
+
+def _sweep(argv: Sequence[str], options: flags.FlagValues, config: ExperimentConfig) -> int:
+    """The job whose trials are runs of this command with other settings."""
+    from jaxvla.scaling import sweep_job
+
+    workdir = pathlib.Path(options["workdir"].value or f"runs/{config.name}_sweep")
+    _check_flags(options, config, workdir)
+
+    def reconfigure(changes: Mapping[str, str]) -> ExperimentConfig:
+        arguments = [f"--config.{name}={value}" for name, value in changes.items()]
+        return _override(copy.deepcopy(config), [argv[0], *arguments], [])
+
+    return sweep_job.run(
+        config,
+        workdir=workdir,
+        is_dry_run=bool(options["dry_run"].value),
+        may_resume=bool(options["resume"].value),
+        arguments=_arguments(argv, options),
+        command=shlex.join(["python", "-m", "jaxvla.main", *argv[1:]]),
+        reconfigure=reconfigure,
+    )
+
+
+def _smallest_layout(config: ExperimentConfig) -> str:
+    """What stands in for a layout that is to be chosen, while the rest is checked."""
+    serving = config.serving
+    servers = serving.num_servers if serving.split_devices else 1
+    return "colocated=1" if servers == 1 else f"simulation=1 learning=1 serving={servers}"
+
+
+def _choose_layout(argv: Sequence[str], options: flags.FlagValues, config: ExperimentConfig) -> str:
+    """The layout that the run in the work directory has, or the fastest in short trials.
+
+    Raises:
+      UsageError: there is no run and none is to begin, or no trial gave numbers.
+      _StoppedError: a signal asked to stop.
+    """
+    from jaxvla.runtime import jobs, signals
+    from jaxvla.scaling import auto_layout, trial_run
+
+    workdir, job = _workdir(options, config), str(options["job"].value)
+    layout = auto_layout.known_layout(workdir)
+    if layout is not None:
+        return layout
+    if job != "train" or options["dry_run"].value:
+        raise ConfigError(
+            "meshes.layout",
+            _AUTO,
+            "only a run of --job=train chooses a layout, and later jobs find it in its --workdir",
+            "--config.meshes.layout=colocated=1, or --job=sweep",
+        )
+    _check_flags(options, config, workdir)
+    has_weights = bool(config.model.initial_weights)
+    jobs.check_workdir(workdir, job, bool(options["resume"].value), has_weights)
+    stop_requested = threading.Event()
+    try:
+        with signals.stop_on_signals(stop_requested):
+            return auto_layout.choose_layout(
+                _arguments(argv, options),
+                workdir=workdir,
+                say=_say,
+                stop_requested=stop_requested,
+            )
+    except trial_run.SweepStoppedError as error:
+        raise _StoppedError from error
 
 
 def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, ExperimentConfig | None]:
@@ -185,6 +302,7 @@ def _override(
         match = re.fullmatch(r"--?(?:no)?config\.([^=]*)=?(.*)", argument, re.DOTALL)
         if match and match[1] not in known:
             raise UsageError(_no_such_setting(match[1], match[2], known))
+    arguments = _last_of_each(arguments)
     values = flags.FlagValues()
     values.set_gnu_getopt(True)
     holder = config_flags.DEFINE_config_dataclass(
@@ -203,6 +321,15 @@ def _override(
             f"unexpected argument {rest[1]!r}. Fix: settings look like --config.seed=1"
         )
     return holder.value
+
+
+def _last_of_each(arguments: list[str]) -> list[str]:
+    """Without settings that are given again later: of those ml_collections would join tuples."""
+    last: dict[str | int, str] = {}
+    for place, argument in enumerate(arguments):
+        name, is_assigned, _ = argument.partition("=")
+        last[name if is_assigned and name.startswith("--config.") else place] = argument
+    return list(last.values())
 
 
 def _no_such_setting(name: str, value: str, known: list[str]) -> str:

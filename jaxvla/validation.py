@@ -37,12 +37,25 @@ def validate(config: ExperimentConfig) -> None:
     layout = _validate_layout(config)
     validate_segments(config)
     _validate_schedule(config)
-    _validate_batches(config, layout)
-    _validate_serving(config, layout)
+    validate_batches(config, layout)
     _validate_warm_start(config)
-    validate_websocket(config.websocket, layout.roles["serving"])
     validate_cluster(config)
     validate_gang(config, layout)
+
+
+def validate_batches(config: ExperimentConfig, layout: Layout) -> None:
+    """Checks that batches divide over the meshes of a layout.
+
+    Args:
+      config: valid but for its layout, which is not read.
+      layout: the one to check.
+
+    Raises:
+      ConfigError: the first setting found that does not fit.
+    """
+    _validate_learning(config, layout)
+    _validate_serving(config, layout)
+    validate_websocket(config.websocket, layout.roles["serving"])
 
 
 def validate_devices(config: ExperimentConfig, num_devices: int) -> None:
@@ -121,6 +134,8 @@ _RANGES = (
             "evaluation.num_judge_envs",
             "checkpoint.interval",
             "checkpoint.max_failed_saves",
+            *(f"sweep.{name}" for name in ("warmup_updates", "measured_updates", "repeats")),
+            *(f"sweep.{name}" for name in ("max_trials", "timeout_s")),
             *_of_optimizers("learning_rate", "value_learning_rate", "clip_norm", "eps"),
         ),
     ),
@@ -132,6 +147,7 @@ _RANGES = (
             "simulation.group_size",
             "schedule.max_staleness",
             "runtime.max_restarts",
+            "runtime.weights_fanout",
             "warm_start.num_steps",
             "warm_start.num_grounding_steps",
             "warm_start.noise_std",
@@ -139,6 +155,9 @@ _RANGES = (
             "evaluation.num_episodes",
             "evaluation.interval",
             "evaluation.num_videos",
+            "telemetry.profile_updates",
+            "telemetry.profile_start",
+            *(f"sweep.{x}" for x in ("host_devices", "devices_per_host", "device_memory_gib")),
             *_of_optimizers("weight_decay", "warmup_steps", "decay_steps"),
         ),
     ),
@@ -364,7 +383,7 @@ def _validate_schedule(config: ExperimentConfig) -> None:
             )
 
 
-def _validate_batches(config: ExperimentConfig, layout: Layout) -> None:
+def _validate_learning(config: ExperimentConfig, layout: Layout) -> None:
     simulation, warm_start = config.simulation, config.warm_start
     envs = simulation.envs_per_group
     _require(

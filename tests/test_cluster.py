@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from jaxvla import config as c
-from jaxvla.cluster import parse_resources
+from jaxvla.cluster import parse_resources, weights_children, weights_parent
 from jaxvla.config import ConfigError
 from jaxvla.main import load_config
 from jaxvla.runtime.cluster import check_cluster
@@ -49,6 +49,7 @@ def _config(**runtime: object) -> c.ExperimentConfig:
         ({"kind": "ray", "learner_resources": "GPU"}, "runtime.learner_resources"),
         ({"kind": "ray", "tls_directory": "/nowhere"}, "runtime.tls_directory"),
         ({"kind": "ray", "max_restarts": -1}, "runtime.max_restarts"),
+        ({"kind": "ray", "weights_fanout": -1}, "runtime.weights_fanout"),
         ({"kind": "ray", "silence_s": 0.0}, "runtime.silence_s"),
         ({"kind": "ray", "restart_backoff_s": 0.0}, "runtime.restart_backoff_s"),
     ],
@@ -115,6 +116,33 @@ def test_the_warm_start_is_made_by_one_process(tmp_path: pathlib.Path):
     check_cluster(config, tmp_path)
     config.warm_start.num_steps = 0
     check_cluster(config, tmp_path / "new")
+
+
+def test_one_process_has_no_tree_of_weights():
+    with pytest.raises(ConfigError) as raised:
+        validate(_config(kind="local", weights_fanout=2))
+    assert (
+        "runtime.weights_fanout = 2: must be 0 with kind local, one process. "
+        "Fix: --config.runtime.weights_fanout=0"
+    ) in str(raised.value)
+    validate(_config(kind="processes", weights_fanout=2))
+
+
+@pytest.mark.parametrize(
+    ("fanout", "parents"),
+    [
+        (0, [None] * 7),
+        (1, [None, 0, 1, 2, 3, 4, 5]),
+        (2, [None, None, 0, 0, 1, 1, 2]),
+        (3, [None, None, None, 0, 0, 0, 1]),
+        (9, [None] * 7),
+    ],
+)
+def test_the_tree_of_weights(fanout: int, parents: list[int | None]):
+    assert [weights_parent(i, fanout) for i in range(7)] == parents
+    for parent in range(7):
+        children = [i for i in range(7) if parents[i] == parent]
+        assert list(weights_children(parent, fanout, 7)) == children
 
 
 @pytest.mark.parametrize("kind", ["local", "processes", "ray"])

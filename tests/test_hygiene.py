@@ -44,6 +44,7 @@ _FOUNDATIONS = _LAYERS[-1]
 """The lowest row is one unit: plain definitions that build on each other."""
 
 _NEIGHBOURS = {
+    ("jaxvla.scaling.sweep_job", "runtime"): "a sweep's trials are runs, and checked as runs are",
     ("jaxvla.checkpoint", "sharding"): "leaves are named as in sharding rules",
     ("jaxvla.models.openpi_format", "data"): "openpi's checkpoints hold norm_stats.json",
     ("jaxvla.simulation.simulator", "serving"): "a simulator is a client of the policy server",
@@ -67,6 +68,7 @@ _CONFINED = {
     "websockets": ("serving/websocket.py",),
     "pickle": ("envs/libero_init_states.py",),  # a restricted unpickler
     "ray": ("runtime/ray_",),
+    "simpy": ("scaling/simulate",),
     "torch": (),
     "tensorflow": (),
     "dill": (),

@@ -12,6 +12,7 @@ import sys
 
 import numpy as np
 import pytest
+from fault_rows import FaultRow
 
 from jaxvla import main
 from jaxvla.checkpoint import Checkpointer
@@ -170,6 +171,38 @@ _MISTAKES = {
         "config.websocket.host = '0.0.0.0': can be reached from other machines",
         "Fix: --config.websocket.host=127.0.0.1",
     ),
+    "sweep of a judge": (f"{_DEBUG} --job=sweep --judge", "--judge: job 'sweep' has no judge"),
+    "sweep without repeats": (
+        f"{_DEBUG} --job=sweep {_C}sweep.repeats=0",
+        "config.sweep.repeats = 0: must be > 0",
+    ),
+    "sweep of no setting": (
+        f"{_DEBUG} --job=sweep {_C}sweep.host_devices=2 {_C}sweep.axes=simulation.num_group=1",
+        "config.sweep.axes = ('simulation.num_group=1',): there is no setting",
+        "did you mean 'simulation.num_groups'?",
+    ),
+    "sweep of a value of the wrong type": (
+        f"{_DEBUG} --job=sweep {_C}sweep.host_devices=2 {_C}sweep.axes=seed=one",
+        "config.seed = 'one': must be an integer",
+    ),
+    "sweep of too many devices": (
+        f"{_DEBUG} --job=sweep {_C}sweep.host_devices=2 {_C}sweep.layouts=colocated=4",
+        "config.sweep.layouts = ('colocated=4',): 'colocated=4' needs 4 devices, trials have 2",
+        "Fix: --config.sweep.layouts=\"('colocated=2',)\", or on CPU --config.sweep.host_devices=4",
+    ),
+    "sweep in a used workdir": (
+        f"{_DEBUG} --job=sweep --workdir=used --noresume",
+        "--workdir=used: is not empty and --noresume was given",
+    ),
+    "sweep of devices that are not there": (
+        f"{_DEBUG} --job=sweep",
+        "JAX has no devices: ",
+        "no_such_platform",
+    ),
+    "evaluating a layout that is still to be chosen": (
+        f"{_DEBUG} --job=evaluate {_C}meshes.layout=auto",
+        "config.meshes.layout = 'auto': only a run of --job=train chooses a layout",
+    ),
     "platform that is not there": (_DEBUG, "JAX has no devices: ", "no_such_platform", "Fix: "),
 }
 
@@ -221,7 +254,9 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, st
 
 @pytest.mark.fault(29)
 @pytest.mark.parametrize("mistake", _MISTAKES)
-def test_a_mistake_is_answered_in_one_line(answers: dict[str, tuple[int, str, str]], mistake: str):
+def test_a_mistake_is_answered_in_one_line(
+    answers: dict[str, tuple[int, str, str]], mistake: str, fault_row: FaultRow
+):
     code, out, err = answers[mistake]
     assert code == 2, err
     assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n")
@@ -230,6 +265,7 @@ def test_a_mistake_is_answered_in_one_line(answers: dict[str, tuple[int, str, st
         assert part in err
     if err.startswith("error: config."):
         assert "Fix: " in err
+    fault_row(survived=True, exit_code=code)
 
 
 @pytest.fixture
@@ -415,6 +451,15 @@ def test_settings_of_every_kind_can_be_overridden():
     assert config.serving.buckets == (8, 16) and to_dict(config.env)["tasks"] == ["lift"]
     assert config.name == "other" and config.warm_start.optimizer.warmup_steps == 3
     assert config.optimizer.warmup_steps == 0  # the other optimizer's
+
+
+def test_the_last_of_two_settings_with_one_name_counts():
+    given = ("--config.serving.buckets=(8,)", "--config.seed=1", "--config.env.tasks=('lift',)")
+    later = ("--config.seed=2", "--config.serving.buckets=(16, 32)", "--config.env.tasks=()")
+    _, config = main.parse(["jaxvla", _DEBUG, *given, *later])
+    assert config is not None
+    assert config.seed == 2 and config.serving.buckets == (16, 32)
+    assert to_dict(config.env)["tasks"] == []
 
 
 def test_a_config_file_can_take_an_argument(tmp_path: pathlib.Path):

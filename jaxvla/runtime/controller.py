@@ -11,8 +11,10 @@ unblocked by  the programs
 import dataclasses
 import functools
 import logging
+import math
 import pathlib
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -34,10 +36,12 @@ from jaxvla.runtime.crew import Crew, LocalCrew
 from jaxvla.runtime.gang import Alone, Gang
 from jaxvla.runtime.groups import Groups
 from jaxvla.runtime.local import LocalRuntime, ProgramFailedError
+from jaxvla.runtime.memory_use import peak_memory
 from jaxvla.runtime.self_check import LogProbCheck, PolicyMismatchError
 from jaxvla.runtime.telemetry import Telemetry
 from jaxvla.simulation.simulator import GroupSnapshot
 from jaxvla.telemetry.metrics import Total
+from jaxvla.telemetry.profiler import ProfileWindow
 from jaxvla.telemetry.progress import RunScreen, RunSummary
 from jaxvla.telemetry.report import try_to_write_report
 from jaxvla.telemetry.writers import RunInfo
@@ -91,12 +95,14 @@ class Controller:
         self._telemetry = Telemetry(
             workdir=workdir, screen=screen, is_tracing=self.config.telemetry.trace
         )
+        self._profile = ProfileWindow(self.config.telemetry, workdir)
         self._checkpointer = blueprint.checkpointer(workdir)
         self._groups = Groups(
             self._parts, log_dir=workdir / "logs", recorder=self._telemetry.recorder
         )
         self._failed_saves = 0
         """In a row."""
+        self._compile_s = math.nan
         self._before: dict[str, Any] | None = None
         self._after: dict[str, Any] | None = None
         self._training = self._parts.training(self.config.optimizer)
@@ -192,9 +198,11 @@ class Controller:
         for sampler in dict.fromkeys(self._parts.samplers):
             jobs.append(functools.partial(sampler.compile, *shapes))
         jobs.append(functools.partial(self._training.compile, self._parts))
+        start_s = time.monotonic()
         with self._screen.phase("compile"), ThreadPoolExecutor(max_workers=len(jobs)) as pool:
             for job in [pool.submit(job) for job in jobs]:
                 job.result()
+        self._compile_s = time.monotonic() - start_s
 
     def _compile_warm_start(self) -> None:
         """Both stages of the warm start: scenes have no actions."""
@@ -335,6 +343,7 @@ class Controller:
             return True
         programs = (*self._crew.programs(self._snapshots), learner)
         self._telemetry.begin_training()
+        self._profile.reached(learner.progress.version)
         alarms = Alarms(
             self.config,
             queue=self._queue,
@@ -349,6 +358,7 @@ class Controller:
                     programs, self._telemetry.meters, learner, grace_s
                 )
         finally:
+            self._profile.close()
             self._queue.close("shutdown")
             self._store.close()
             for program in programs:
@@ -385,6 +395,7 @@ class Controller:
         if version % config.checkpoint.interval == 0:
             with meter.waiting("checkpoint"):
                 self._try_to_save(learner)
+        self._profile.reached(version)
 
     def _evaluate(self, learner: Learner, *, is_final: bool) -> dict[str, Any] | None:
         """The deterministic policy on the fixed episodes; videos of the final one.
@@ -462,7 +473,11 @@ class Controller:
         is_written = True
         try:
             self._telemetry.write_summary(
-                outcome=outcome, summary=summary, ledger=ledger, detail=detail
+                outcome=outcome,
+                summary=summary,
+                ledger=ledger,
+                detail=detail,
+                costs={"compile_s": self._compile_s, **peak_memory()},
             )
         except OSError as error:
             is_written = False

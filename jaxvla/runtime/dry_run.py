@@ -1,24 +1,20 @@
 """What --dry_run prints: the plan of a run, from shapes alone."""
 
-import dataclasses
 import json
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxvla.algorithms import ALGORITHMS
 from jaxvla.assignment import parse_assignment
 from jaxvla.config import to_dict
 from jaxvla.layout import span
-from jaxvla.learning.optimizer import freeze, make_optimizer, trained
-from jaxvla.learning.train_state import init_state
 from jaxvla.runtime.build import Blueprint
-from jaxvla.sharding import params_shardings, path_name, planned_mesh
+from jaxvla.runtime.memory import MemoryEstimate, minibatch_rows, tree_bytes
+from jaxvla.sharding import path_name
 from jaxvla.transport.staleness import credit_rule
-from jaxvla.types import Params, TrainingBatch, Trajectory, stand_in
+from jaxvla.types import Trajectory, stand_in
 
 _MIB = 2.0**20
 
@@ -65,24 +61,23 @@ def _server_lines(blueprint: Blueprint) -> Iterator[str]:
 
 
 def _memory_lines(blueprint: Blueprint) -> Iterator[str]:
-    """What a device holds in each role. Meshes need no devices for this."""
-    params = blueprint.params_struct()
+    """What a device holds in each role."""
+    estimate = MemoryEstimate(blueprint)
+    params = estimate.params
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
     yield f"parameters {count:,} in {len(jax.tree.leaves(params))} leaves"
-    yield from _learning_lines(blueprint, params)
-    yield from _serving_lines(blueprint, params)
+    yield from _split_lines(blueprint, estimate)
+    yield from _learning_lines(blueprint, estimate)
+    yield from _serving_lines(blueprint, estimate)
 
 
-def _learning_lines(blueprint: Blueprint, params: Params) -> Iterator[str]:
-    """Parameters, gradients, optimizer state and saved activations, per learning device."""
-    config, mesh = blueprint.config, planned_mesh(blueprint.layout.roles["learning"])
-    optimizer = make_optimizer(config.optimizer, params)
-    state = jax.eval_shape(lambda p: init_state(p, optimizer), params)
-    placed = params_shardings(state, blueprint.policy.rules(), mesh, "learning")
+def _split_lines(blueprint: Blueprint, estimate: MemoryEstimate) -> Iterator[str]:
+    """Leaves that the learner has in shards."""
+    placed = estimate.placed_state(blueprint.layout.roles["learning"])
     split = [
         f"  {path_name(path)} {leaf.shape} {sharding.spec}"
         for (path, leaf), sharding in zip(
-            jax.tree_util.tree_leaves_with_path(params),
+            jax.tree_util.tree_leaves_with_path(estimate.params),
             jax.tree.leaves(placed.params),
             strict=True,
         )
@@ -90,82 +85,30 @@ def _learning_lines(blueprint: Blueprint, params: Params) -> Iterator[str]:
     ]
     yield f"  {len(split)} leaves are split over devices" + (":" if split else "")
     yield from split
-    gradients = [trained(x, config.optimizer.trainable) for x in (params, placed.params)]
-    yield f"  parameters      {_mib(params, placed.params)} per learning device"
-    yield f"  gradients       {_mib(*gradients)} per learning device"
-    yield f"  optimizer state {_mib(state.opt_state, placed.opt_state)} per learning device"
-    rows = _minibatch_rows(blueprint) // config.learning.num_microbatches
-    saved = _activation_bytes(blueprint, rows) / mesh.size
-    yield f"  activations     {saved / _MIB:.1f} MiB per learning device ({rows} samples)"
-    if config.learning.encode_once:
-        samples = _minibatch_rows(blueprint) * config.algorithm.num_minibatches
-        kept = _encoding_bytes(blueprint, samples) / mesh.size
-        yield f"  encodings       {kept / _MIB:.1f} MiB per learning device ({samples} samples)"
 
 
-def _serving_lines(blueprint: Blueprint, params: Params) -> Iterator[str]:
+def _learning_lines(blueprint: Blueprint, estimate: MemoryEstimate) -> Iterator[str]:
+    """Parameters, gradients, optimizer state and saved activations, per learning device."""
+    config, samples = blueprint.config, minibatch_rows(blueprint)
+    of = {
+        "activations": samples // config.learning.num_microbatches,
+        "encodings": samples * config.algorithm.num_minibatches,
+    }
+    for what, nbytes in estimate.learning(blueprint.layout.roles["learning"]).items():
+        rows = f" ({of[what]} samples)" if what in of else ""
+        yield f"  {what:<15} {nbytes / _MIB:.1f} MiB per learning device{rows}"
+
+
+def _serving_lines(blueprint: Blueprint, estimate: MemoryEstimate) -> Iterator[str]:
     """Weights, those that are being swapped in, and the encodings of the largest batch; for every
     policy server on the device."""
-    serving, trainable = blueprint.config.serving, blueprint.config.optimizer.trainable
-    role = blueprint.layout.roles["serving"]
-    mesh = planned_mesh(role.split(serving.num_servers)[0] if serving.split_devices else role)
-    placed = params_shardings(params, blueprint.policy.rules(), mesh, "serving")
-    rows = serving.buckets[-1]
-    kept = _encoding_bytes(blueprint, rows) / mesh.shape["data"]
-    swapped = [trained(tree, trainable) for tree in (params, placed)]
-    yield f"  parameters      {_mib(params, placed)} per serving device"
-    yield f"  new parameters  {_mib(*swapped)} per serving device, while they are swapped in"
-    yield f"  encodings       {kept / _MIB:.1f} MiB per serving device ({rows} rows)"
-
-
-def _mib(tree: Any, placed: Any) -> str:
-    total = sum(
-        math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf, sharding in zip(jax.tree.leaves(tree), jax.tree.leaves(placed), strict=True)
-    )
-    return f"{total / _MIB:.1f} MiB"
-
-
-def _minibatch_rows(blueprint: Blueprint) -> int:
-    config = blueprint.config
-    per_update = (
-        config.learning.trajectories_per_update
-        * config.simulation.envs_per_group
-        * config.simulation.segment_length
-    )
-    return per_update // config.algorithm.num_minibatches
-
-
-def _activation_bytes(blueprint: Blueprint, rows: int) -> int:
-    """Bytes that the forward pass of one minibatch keeps for its backward pass, its encoding
-    included."""
-    config, policy = blueprint.config, blueprint.policy
-    algorithm = ALGORITHMS.get(config.algorithm.name)(config.algorithm)
-    params, observation = blueprint.params_struct(), blueprint.observation_struct(rows)
-    sample = blueprint.sample_struct(rows)
-    scalar = stand_in(jax.ShapeDtypeStruct((rows,), jnp.float32))
-    batch = TrainingBatch(
-        observation=observation,
-        trace=sample.trace,
-        behavior_log_prob=scalar,
-        proximal_log_prob=scalar,
-        proximal_value=scalar,
-        staleness=stand_in(jax.ShapeDtypeStruct((rows,), jnp.int32)),
-        advantage=scalar,
-        return_=scalar,
-        weight=scalar,
-    )
-
-    def residuals(params: Any, batch: TrainingBatch) -> Any:
-        def loss(params: Any) -> jax.Array:
-            params = freeze(params, config.optimizer.trainable)
-            encoding = policy.encode(params, batch.observation)
-            encoded = dataclasses.replace(batch, observation=encoding)
-            return algorithm.loss(policy, params, encoded)[0]
-
-        return jax.vjp(loss, params)[1]
-
-    return _nbytes(jax.eval_shape(residuals, params, batch))
+    notes = {
+        "new parameters": ", while they are swapped in",
+        "encodings": f" ({blueprint.config.serving.buckets[-1]} rows)",
+    }
+    for what, nbytes in estimate.serving(blueprint.layout.roles["serving"]).items():
+        note = notes.get(what, "")
+        yield f"  {what:<15} {nbytes / _MIB:.1f} MiB per serving device{note}"
 
 
 def _trajectory_bytes(blueprint: Blueprint) -> int:
@@ -186,24 +129,13 @@ def _trajectory_bytes(blueprint: Blueprint) -> int:
         valid=flag,
         policy_version=stand_in(jax.ShapeDtypeStruct((rows,), jnp.int32)),
     )
-    return _nbytes(trajectory)
-
-
-def _encoding_bytes(blueprint: Blueprint, rows: int) -> int:
-    """Bytes of the encodings that a whole update keeps."""
-    observation = blueprint.observation_struct(rows)
-    encode = blueprint.policy.encode
-    return _nbytes(jax.eval_shape(encode, blueprint.params_struct(), observation))
-
-
-def _nbytes(tree: Any) -> int:
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    return tree_bytes(trajectory)
 
 
 def _batch_lines(blueprint: Blueprint) -> Iterator[str]:
     config = blueprint.config
     simulation, learning = config.simulation, config.learning
-    samples = _minibatch_rows(blueprint) * config.algorithm.num_minibatches
+    samples = minibatch_rows(blueprint) * config.algorithm.num_minibatches
     yield (
         f"batch      {learning.trajectories_per_update} trajectories x "
         f"{simulation.envs_per_group} envs x {simulation.segment_length} chunk queries = "
@@ -211,7 +143,7 @@ def _batch_lines(blueprint: Blueprint) -> Iterator[str]:
     )
     yield (
         f"  {config.algorithm.num_epochs} epochs x {config.algorithm.num_minibatches} minibatches "
-        f"of {_minibatch_rows(blueprint)} samples"
+        f"of {minibatch_rows(blueprint)} samples"
         + (f" in {learning.num_microbatches} parts" if learning.num_microbatches > 1 else "")
     )
 

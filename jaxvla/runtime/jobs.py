@@ -76,15 +76,15 @@ def run(
       UsageError: the config does not fit the env, the devices, the work directory, the
         checkpoint in it or the schedule to replay. Nothing has been written then.
     """
-    _check_plugins(config)
+    check_plugins(config)
     if job == "compile_tasks":
         return _compile_tasks(config)
     if not is_dry_run:
-        _check_workdir(workdir, job, may_resume, bool(config.model.initial_weights))
+        check_workdir(workdir, job, may_resume, bool(config.model.initial_weights))
         if job == "serve":
             check_endpoint(config)
-    _check_flags(job, with_judge=with_judge, is_exporting=bool(export_dir or asset_id))
-    _check_schedules(
+    check_flags(job, with_judge=with_judge, is_exporting=bool(export_dir or asset_id))
+    check_schedules(
         record_schedule, replay_schedule, job=job, kind=config.runtime.kind, workdir=workdir
     )
     replay = ScheduleReplay(replay_schedule) if replay_schedule else None
@@ -125,7 +125,7 @@ def run(
         return EXIT_UNSAFE if isinstance(error, CorruptCheckpointError) else EXIT_FAILED
 
 
-def _check_flags(job: str, *, with_judge: bool, is_exporting: bool) -> None:
+def check_flags(job: str, *, with_judge: bool, is_exporting: bool) -> None:
     """Refuses flags of another job."""
     if with_judge and job != "evaluate":
         raise UsageError(f"--judge: job {job!r} has no judge. Fix: --job=evaluate")
@@ -212,7 +212,7 @@ def _compile_tasks(config: ExperimentConfig) -> int:
         raise UsageError(f"config.env.name = {config.env.name!r}: {error}") from error
 
 
-def _check_plugins(config: ExperimentConfig) -> None:
+def check_plugins(config: ExperimentConfig) -> None:
     """Refuses plug-ins that cannot be imported."""
     for section, registry in (("env", ENVS), ("model", MODELS), ("algorithm", ALGORITHMS)):
         name = getattr(config, section).name
@@ -239,7 +239,7 @@ def _num_devices() -> int:
         raise UsageError(f"JAX has no devices: {error}. Fix: JAX_PLATFORMS=cpu") from error
 
 
-def _check_workdir(
+def check_workdir(
     workdir: pathlib.Path, job: str, may_resume: bool, has_initial_weights: bool
 ) -> None:
     """Refuses to overwrite a run, or to use one that is not there."""
@@ -257,7 +257,7 @@ def _check_workdir(
         )
 
 
-def _check_schedules(
+def check_schedules(
     record: pathlib.Path | None,
     replay: pathlib.Path | None,
     *,

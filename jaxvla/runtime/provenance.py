@@ -1,6 +1,7 @@
 """What a work directory says of the run that it belongs to."""
 
 import importlib.metadata
+import os
 import pathlib
 import platform
 import subprocess
@@ -29,6 +30,7 @@ def write_config(blueprint: Blueprint, workdir: pathlib.Path) -> None:
             "python": platform.python_version(),
             "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
             "devices": [str(device) for device in jax.devices()],
+            "cores": os.cpu_count(),
         },
     )
     save_norm_stats(blueprint.stats, workdir / STATS_FILE)

@@ -12,6 +12,7 @@ import secrets
 import threading
 from collections.abc import Callable, Mapping, Sequence
 
+from jaxvla.cluster import weights_parent
 from jaxvla.runtime.build import Parts
 from jaxvla.runtime.control import Control
 from jaxvla.runtime.groups import Groups, group_name, groups_of
@@ -145,7 +146,10 @@ class RemoteCrew:
 
     def _serve_server(self, connection: Connection, index: int) -> None:
         handlers = self._telemetry_handlers(connection)
-        self._store.serve(connection, name=f"server_{index}", others=handlers)
+        is_relayed = weights_parent(index, self._config.runtime.weights_fanout) is not None
+        self._store.serve(
+            connection, name=f"server_{index}", is_relayed=is_relayed, others=handlers
+        )
 
     def _telemetry_handlers(self, connection: Connection) -> Handlers:
         _LOG.info("%s has joined session %s", connection.peer, self._session)

@@ -1,19 +1,22 @@
 """A policy server in a process of its own.
 
-consumes    the learner's weights; chunk queries of the simulators
-produces    answers to them; metrics, to the learner
-waits for   a learner and its first weights, then what a policy server waits for
-unblocked by  the supervisor, the learner, the simulators
+consumes    the weights, of the learner or of another policy server; chunk queries of the simulators
+produces    answers to them; metrics, to the learner; weights, to its children if it has some
+waits for   a learner, its parent if it has one, and the first weights; then what a policy server
+            waits for
+unblocked by  the supervisor, the learner, the parent, the simulators
 """
 
 import contextlib
 import logging
 import threading
 
+from jaxvla.cluster import weights_children, weights_parent
 from jaxvla.runtime.build import Blueprint, Parts
 from jaxvla.runtime.channels import own_host
 from jaxvla.runtime.control import CONNECT_TIMEOUT_S, Control
 from jaxvla.runtime.crew import make_batcher
+from jaxvla.runtime.directory import Directory
 from jaxvla.runtime.remote_schemas import inference_schema
 from jaxvla.runtime.remote_telemetry import ReplicaTelemetry
 from jaxvla.runtime.replica_spec import SERVER, ReplicaSpec
@@ -29,8 +32,12 @@ from jaxvla.transport.channel import (
 )
 from jaxvla.transport.frames import Frame
 from jaxvla.transport.weight_receiver import RemoteSubscription
+from jaxvla.transport.weight_relay import CHILD, WeightRelay, child_hello
 
 _LOG = logging.getLogger("jaxvla.serving")
+
+_PARENT_TIMEOUT_S = 10.0
+"""To connect to a parent, which listens if it is there; the others wait for this server by then."""
 
 
 class ServerReplica:
@@ -53,6 +60,10 @@ class ServerReplica:
         self._sampler = Parts(blueprint).sampler
         self._telemetry = ReplicaTelemetry("serving", is_tracing=self._config.telemetry.trace)
         self._schema = inference_schema(blueprint)
+        fanout = self._config.runtime.weights_fanout
+        num_servers = self._config.serving.num_servers
+        self._parent = weights_parent(spec.index, fanout)
+        self._has_children = bool(weights_children(spec.index, fanout, num_servers))
 
     def run(self) -> None:
         """Until a stop is asked for."""
@@ -71,6 +82,8 @@ class ServerReplica:
           ConnectionLostError: the learner was lost before the server could begin.
           ProgramFailedError: the server failed.
         """
+        if not self._has_parent_begun(session):
+            return
         hello = {"session": session.name, "index": self._spec.index}
         with connect(
             session.learner, self._channel, name=self._spec.name, timeout_s=CONNECT_TIMEOUT_S
@@ -86,12 +99,15 @@ class ServerReplica:
             has_weights.set()
             batcher.wake()
 
+        relay = WeightRelay(session=session.name) if self._has_children else None
         subscription = RemoteSubscription(
             connection,
             self._blueprint.params_struct(),
             self._sampler.params_shardings,
             trainable=self._config.optimizer.trainable,
             on_publish=staged,
+            dial=lambda: self._dial_parent(session),
+            relay=relay,
         )
 
         def receive() -> None:
@@ -102,13 +118,23 @@ class ServerReplica:
         receiver = threading.Thread(target=receive, name="serving/receive", daemon=True)
         receiver.start()
         service = InferenceService(batcher, self._schema, session=session.name)
+
+        def serve(connection: Connection) -> None:
+            hello = connection.receive()
+            if relay is not None and hello.kind == CHILD:
+                relay.serve(connection, hello)
+            else:
+                service.serve(connection, hello)
+
         listener = Listener(
-            own_host(self._config.runtime), 0, self._channel, service.serve, name=self._spec.name
+            own_host(self._config.runtime), 0, self._channel, serve, name=self._spec.name
         )
 
         def close() -> None:
             # The batcher last: to clients the server is lost, not the run over. They look for it.
             service.close()
+            if relay is not None:
+                relay.close()
             listener.close()
             batcher.close("the session is over")
             connection.close()
@@ -133,6 +159,44 @@ class ServerReplica:
             meter, grace_s = self._telemetry.meter, self._config.runtime.grace_s / 2
             with self._telemetry.forwarding(connection):
                 session.run(program, meter, close=close, grace_s=grace_s)
+
+    def _has_parent_begun(self, session: Session) -> bool:
+        """Waits until the parent has weights, if this server has one; False if the session ends.
+
+        Before this server has joined, so that nobody waits for it meanwhile. One that is given up
+        has its children go on without it.
+        """
+        parent = self._parent
+        if parent is None:
+            return True
+
+        def is_settled(known: Directory) -> bool:
+            is_known = parent in known.servers or parent in known.given_up
+            return is_known or known.session != session.name
+
+        known = self._control.wait_for(is_settled)
+        return known is not None and known.session == session.name
+
+    def _dial_parent(self, session: Session) -> Connection:
+        """Connects to the parent.
+
+        Raises:
+          ConnectionLostError: it is not there.
+        """
+        address = None
+        if self._parent is not None:
+            address = self._control.server(session.name, self._parent)
+        if address is None:
+            raise ConnectionLostError(f"{SERVER}_{self._parent} is not there")
+        connection = connect(
+            address, self._channel, name=self._spec.name, timeout_s=_PARENT_TIMEOUT_S
+        )
+        try:
+            connection.send(child_hello(session.name))
+        except ConnectionLostError:
+            connection.close()
+            raise
+        return connection
 
     def _wait(self, session: Session, has_weights: threading.Event) -> None:
         """For the first weights, or the end of the session."""

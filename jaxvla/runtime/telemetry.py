@@ -5,6 +5,7 @@ import contextlib
 import json
 import pathlib
 import time
+import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -30,7 +31,10 @@ class Telemetry:
         self.screen = screen
         self.recorder = MetricRecorder()
         self.tracer = Tracer() if is_tracing else NullTracer()
-        self.meters = {role: ActivityMeter(role, tracer=self.tracer) for role in ROLES}
+        clock = time.process_time if is_tracing else None
+        self.meters = {
+            role: ActivityMeter(role, tracer=self.tracer, processor_clock=clock) for role in ROLES
+        }
         self.last_record: Record = {}
         self.max_staleness = 0
         self._staleness_counts: collections.Counter[int] = collections.Counter()
@@ -159,15 +163,23 @@ class Telemetry:
             self.screen.message(f"error: trace.json could not be written: {error}")
 
     def write_summary(
-        self, *, outcome: str, summary: RunSummary, ledger: Ledger, detail: str
+        self,
+        *,
+        outcome: str,
+        summary: RunSummary,
+        ledger: Ledger,
+        detail: str,
+        costs: Mapping[str, float] = types.MappingProxyType({}),
     ) -> None:
-        """Writes summary.json; `outcome` is one of SUMMARY_STATES."""
+        """Writes summary.json; `outcome` is one of SUMMARY_STATES, `costs` are values of the
+        process such as its peak memory."""
         own = {
             "env_steps_per_s": summary.env_steps_per_s,
             "max_staleness": summary.max_staleness,
             "staleness_bound": summary.staleness_bound,
             "staleness_counts": self._named_staleness_counts(),
             "ledger_closes": ledger.is_balanced,
+            **costs,
         }
         self._write_summary(outcome, detail, summary, own, queue_record(ledger))
 

@@ -64,15 +64,20 @@ class InferenceService:
         """Client -> the connection that it joined over."""
         self._is_closed = False
 
-    def serve(self, connection: Connection) -> None:
+    def serve(self, connection: Connection, hello: Frame | None = None) -> None:
         """Serves one simulator until its connection is lost, then takes its clients out of the
-        batcher, with what they have waiting."""
+        batcher, with what they have waiting.
+
+        Args:
+          connection: of the simulator.
+          hello: its first frame, if that was read already.
+        """
         simulator = _Simulator(self, connection)
         with self._lock:
             is_closed = self._is_closed
             self._connections.add(simulator)
         try:
-            if not is_closed and simulator.greet():
+            if not is_closed and simulator.greet(hello):
                 simulator.run()
         except ConnectionLostError as error:
             _LOG.info("%s: %s", connection.peer, error)
@@ -137,10 +142,10 @@ class _Simulator:
         self._num_waiting = 0
         """Requests that were not answered yet."""
 
-    def greet(self) -> bool:
+    def greet(self, hello: Frame | None) -> bool:
         """Reads who is there; says whether it is welcome."""
         try:
-            frame = self.connection.receive()
+            frame = hello or self.connection.receive()
             if frame.kind != "client":
                 raise FrameError(f"kind = {frame.kind!r}, must be 'client'")
             session = read_text(frame.fields, "session", NAME)

@@ -120,7 +120,7 @@ class PolicyServer:
             raise RuntimeError("a request arrived before the first weights were published")
         asked = tuple((request.client, request.rows) for request in batch.requests)
         self._schedule.running(Served(kind=batch.kind, version=weights.version, requests=asked))
-        with self._meter.busy("infer"):
+        with self._meter.busy("infer", kind=batch.kind, rows=batch.rows):
             queries = [request.payload for request in batch.requests]
             keys = np.concatenate([query.keys for query in queries])
             observations = [query.observation for query in queries]

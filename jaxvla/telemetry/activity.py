@@ -9,8 +9,9 @@ busy_fraction + sum of waiting_on/*_fraction = 1.
 import contextlib
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from jaxvla.telemetry.metrics import Record
 from jaxvla.telemetry.tracing import Tracer
@@ -89,11 +90,21 @@ class ActivityMeter:
 
     Blocks also become spans of the tracer: a busy block under its own name, a waiting one
     as "wait" with the reason as argument `on`.
+
+    Args:
+      role: of the program.
+      tracer: whose clock counts.
+      processor_clock: processor seconds of the whole process, such as `time.process_time`. If
+        given, busy spans say as `cpu_s` how many passed: those of the block itself where
+        nothing else of the process runs meanwhile.
     """
 
-    def __init__(self, role: str, *, tracer: Tracer):
+    def __init__(
+        self, role: str, *, tracer: Tracer, processor_clock: Callable[[], float] | None = None
+    ):
         self.role = role
         self._tracer = tracer
+        self._processor_clock = processor_clock
         self._lock = threading.Lock()
         self._local = threading.local()
         self._ledgers: set[_Ledger] = set()
@@ -122,13 +133,14 @@ class ActivityMeter:
                 ledger.settle(self._tracer.clock())
                 self._ledgers.remove(ledger)
 
-    def busy(self, what: str) -> contextlib.AbstractContextManager[None]:
-        """The block is work, e.g. "simulate". To be used inside `thread`."""
-        return self._block(("busy", what))
+    def busy(self, what: str, **args: Any) -> contextlib.AbstractContextManager[None]:
+        """The block is work, e.g. "simulate"; `args` are shown with its span. To be used inside
+        `thread`."""
+        return self._block(("busy", what), args)
 
     def waiting(self, reason: str) -> contextlib.AbstractContextManager[None]:
         """The block waits for `reason`, e.g. "inference". To be used inside `thread`."""
-        return self._block(("waiting", reason))
+        return self._block(("waiting", reason), {})
 
     def snapshot(self) -> ActivitySnapshot:
         """Activity up to now, blocks in progress included. May be called by any thread."""
@@ -150,18 +162,22 @@ class ActivityMeter:
                     self._seconds[state] = self._seconds.get(state, 0.0) + spent_s
 
     @contextlib.contextmanager
-    def _block(self, state: _State) -> Iterator[None]:
+    def _block(self, state: _State, args: dict[str, Any]) -> Iterator[None]:
         ledger = getattr(self._local, "ledger", None)
         if ledger is None:
             raise RuntimeError(f"{self.role}: {state} outside of ActivityMeter.thread")
+        kind, name = state
+        clock = self._processor_clock if kind == "busy" else None
+        start_cpu_s = clock() if clock else 0.0
         start_s = self._switch(ledger, enter=state)
         try:
             yield
         finally:
             end_s = self._switch(ledger, enter=None)
-            kind, name = state
+            if clock:
+                args = args | {"cpu_s": round(clock() - start_cpu_s, 6)}
             if kind == "busy":
-                self._tracer.add(name, start_s, end_s)
+                self._tracer.add(name, start_s, end_s, **args)
             else:
                 self._tracer.add("wait", start_s, end_s, on=name)
 

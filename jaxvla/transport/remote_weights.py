@@ -6,12 +6,11 @@ waits for   the learner's devices, while it publishes; in a thread per server, f
             and for the server to have staged the last one
 unblocked by  `publish`, the server, the loss of its connection, `close`
 
-A version crosses as one `weights_begin`, a `weights_part` for every piece of every leaf, and one
-`weights_end`. Each leaf carries its SHA-256, and the end that of all of them, so that a server
-stages exactly what was published or nothing. The server's side is `transport.weight_receiver`.
+How a version crosses is told in `transport.weight_transfers`. With a tree of servers
+(`runtime.weights_fanout`) most of them get their weights from another server; here are the accounts
+of all, and the weights for those that have lost the other one.
 """
 
-import hashlib
 import logging
 import re
 import threading
@@ -24,24 +23,19 @@ import jax
 import numpy as np
 
 from jaxvla.transport.base import WeightSubscription
-from jaxvla.transport.channel import Connection, ConnectionLostError
-from jaxvla.transport.dispatch import Handlers, dispatch
+from jaxvla.transport.channel import Connection
+from jaxvla.transport.dispatch import Handlers
 from jaxvla.transport.frames import Frame, FrameError
-from jaxvla.transport.schema import read_bool, read_int, read_text
+from jaxvla.transport.schema import read_int
 from jaxvla.transport.weight_accounts import Account, AccountingStore
 from jaxvla.transport.weight_copy import named_leaves
+from jaxvla.transport.weight_transfers import HostLeaf, HostWeights, Transfers, VersionSource
 from jaxvla.types import Params
 
 _LOG = logging.getLogger(__name__)
 
 Fetch = Callable[[Sequence[jax.Array]], Sequence[np.ndarray]]
 """Host copies of arrays, in order. They share no memory with what may be donated."""
-
-PART_BYTES = 16 * 2**20
-"""Largest piece of a leaf in one frame."""
-
-_MOST_FAILURES = 2
-"""Transfers in a row that a server may find damaged."""
 
 
 def fetch_to_host(leaves: Sequence[jax.Array]) -> list[np.ndarray]:
@@ -55,57 +49,7 @@ def fetch_to_host(leaves: Sequence[jax.Array]) -> list[np.ndarray]:
     return [np.array(leaf, order="C", copy=True if _is_on_cpu(leaf) else None) for leaf in leaves]
 
 
-class HostLeaf:
-    """A leaf of a version, on the host. Its contents never change."""
-
-    def __init__(self, array: np.ndarray):
-        self.array = array
-        self._lock = threading.Lock()
-        self._digest = b""
-
-    @property
-    def octets(self) -> np.ndarray:
-        """uint8 [nbytes], the memory of the array."""
-        return self.array.reshape(-1).view(np.uint8)
-
-    @property
-    def digest(self) -> bytes:
-        """SHA-256, made by the first sender that needs it."""
-        with self._lock:
-            if not self._digest:
-                self._digest = hashlib.sha256(self.octets.data).digest()
-            return self._digest
-
-
-class HostWeights:
-    """A version on the host, by leaf path."""
-
-    def __init__(
-        self, version: int, trainable: Mapping[str, HostLeaf], frozen: Mapping[str, HostLeaf]
-    ):
-        self.version = version
-        self.trainable = trainable
-        self.frozen = frozen
-        """The same objects in every version."""
-
-    def leaves(self, *, is_full: bool) -> dict[str, HostLeaf]:
-        """All leaves, or those that change."""
-        return {**self.frozen, **self.trainable} if is_full else dict(self.trainable)
-
-    def nbytes(self, *, is_full: bool) -> int:
-        """Bytes of these leaves."""
-        return sum(leaf.array.nbytes for leaf in self.leaves(is_full=is_full).values())
-
-
-def transfer_digest(version: int, digests: Mapping[str, bytes]) -> str:
-    """SHA-256 in hex of a transfer: its version, and the name and digest of every leaf."""
-    whole = hashlib.sha256(str(version).encode())
-    for name in sorted(digests):
-        whole.update(f"\n{name}\n".encode() + digests[name])
-    return whole.hexdigest()
-
-
-class RemoteWeightStore(AccountingStore):
+class RemoteWeightStore(AccountingStore, VersionSource):
     """A store whose servers are reached over connections.
 
     `publish` returns when the host has its copy; transfers follow, in a thread per server, while
@@ -148,7 +92,8 @@ class RemoteWeightStore(AccountingStore):
         return self._newest
 
     def faults(self) -> dict[str, int]:
-        """Transfers that failed, by cause: "digest" or "lost"."""
+        """Transfers that failed, by cause: "digest" or "lost"; and "parent": servers that have lost
+        the one that their weights came from."""
         with self.changed:
             return dict(self._faults)
 
@@ -162,7 +107,8 @@ class RemoteWeightStore(AccountingStore):
                 self._newest = weights
                 self._structure = jax.tree.structure(params)
                 local = list(self._local)
-                full = [not x.has_frozen for x in (*self._servers, *local)] or [True]
+                near = [x for x in self._servers if not x.is_held]
+                full = [not x.has_frozen for x in (*near, *local)] or [True]
                 nbytes = sum(weights.nbytes(is_full=is_full) for is_full in full)
                 self._published(version, start_s=start_s, nbytes=nbytes)
         for subscription in local:
@@ -179,7 +125,14 @@ class RemoteWeightStore(AccountingStore):
             self._local.add(subscription)
         return subscription
 
-    def serve(self, connection: Connection, *, name: str, others: Handlers | None = None) -> None:
+    def serve(
+        self,
+        connection: Connection,
+        *,
+        name: str,
+        is_relayed: bool = False,
+        others: Handlers | None = None,
+    ) -> None:
         """Serves one server until its connection is lost, which ends its subscription.
 
         A server that subscribes under a name in use is taken for the same one, restarted: the
@@ -188,21 +141,21 @@ class RemoteWeightStore(AccountingStore):
         Args:
           connection: after the server said who it is.
           name: of the server.
+          is_relayed: it gets its weights from another server, until it says that it has lost that.
           others: functions for frames of other conversations on the connection.
 
         Raises:
           ValueError: a server of this process has the name.
+          ConnectionLostError: the server was lost at once.
         """
-        server = _Server(self, name, connection)
-        self._replace(server)
-        sender = threading.Thread(target=server.send_all, name=f"weights {name}", daemon=True)
-        sender.start()
+        server = _Server(self, name, connection, is_relayed=is_relayed)
+        least = self._replace(server)
         try:
-            dispatch(connection, {**(others or {}), **server.handlers})
+            if is_relayed:
+                connection.send(Frame(kind="weights_relayed", fields={"least": least}))
+            server.run(others or {}, leave=lambda: self.unsubscribe(server))
         finally:
-            connection.close()
             self.unsubscribe(server)
-            sender.join()
 
     def unsubscribe(self, subscription: "_Server | _LocalSubscription") -> None:
         """Ends a subscription. Ending it twice changes nothing."""
@@ -235,8 +188,12 @@ class RemoteWeightStore(AccountingStore):
         trainable = {name: x for name, x in host.items() if name not in frozen}
         return HostWeights(version, trainable, frozen)
 
-    def _replace(self, server: "_Server") -> None:
-        """Opens the account of a server, after it has closed that of its predecessor."""
+    def _replace(self, server: "_Server") -> int:
+        """Opens the account of a server, after it has closed that of its predecessor.
+
+        Returns:
+          The oldest version that it may begin with: `acknowledged_version`, which it holds there.
+        """
         with self.changed:
             while rivals := [x for x in self._servers if x.name == server.name]:
                 _LOG.warning("%s replaces a connection", server.name)
@@ -245,106 +202,71 @@ class RemoteWeightStore(AccountingStore):
                 self.changed.wait_for(lambda rivals=rivals: not self._servers & {*rivals})
             self.open_account(server)
             self._servers.add(server)
+            return self.acknowledged_version or 0
 
 
-class _Server(Account):
-    """One connection of a `RemoteWeightStore`, whose lock guards the attributes."""
+class _Server(Transfers, Account):
+    """One connection of a `RemoteWeightStore`, whose lock guards the attributes.
 
-    def __init__(self, store: RemoteWeightStore, name: str, connection: Connection):
-        super().__init__(name)
-        self.connection = connection
-        self.has_frozen = False
-        """It has staged a whole tree, from which it keeps the leaves that do not change."""
-        self.is_over = False
+    While `is_held` its weights come from another server, and only its account is kept here.
+    """
+
+    def __init__(
+        self, store: RemoteWeightStore, name: str, connection: Connection, *, is_relayed: bool
+    ):
+        Account.__init__(self, name)
+        Transfers.__init__(self, store, name, connection, is_held=is_relayed)
         self._store = store
-        self._changed = store.changed
-        self._awaited: int | None = None
-        """Version in transfer."""
-        self._staged_version = -1
-        self._num_failures = 0
-        self.handlers: Handlers = {
-            "weights_staged": self._on_staged,
+        self.handlers |= {
             "weights_swapped": self._on_swapped,
-            "weights_refused": self._on_refused,
+            "weights_orphaned": self._on_orphaned,
             "weights_left": lambda frame: store.unsubscribe(self),
         }
 
-    def send_all(self) -> None:
-        """Sends versions until the subscription ends. A thread of its own."""
-        try:
-            while (weights := self._next()) is not None:
-                self._transfer(weights, is_full=not self.has_frozen)
-        except ConnectionLostError as error:
-            self._store.count_fault("lost")
-            _LOG.warning("%s: lost during a transfer: %s", self.name, error)
-        except FrameError:
-            _LOG.exception("%s: weights cannot be sent", self.name)
-            self.connection.close()
-
-    def _next(self) -> HostWeights | None:
-        """Waits for a version to send; None when there will be none."""
-
-        def is_due() -> bool:
-            newest = self._store.newest
-            is_new = newest is not None and newest.version > self._staged_version
-            return is_new and self._awaited is None
-
-        with self._changed:
-            self._changed.wait_for(lambda: self.is_over or self._store.is_closed or is_due())
-            newest = self._store.newest
-            if self.is_over or self._store.is_closed or newest is None:
-                return None
-            self._awaited = newest.version
-            return newest
-
-    def _transfer(self, weights: HostWeights, *, is_full: bool) -> None:
-        version, leaves = weights.version, weights.leaves(is_full=is_full)
-        send = self.connection.send
-        begin = {"version": version, "is_full": is_full}
-        send(Frame(kind="weights_begin", fields=begin))
-        for name, leaf in leaves.items():
-            about = {"version": version, "leaf": name, "digest": leaf.digest.hex()}
-            about |= {"dtype": leaf.array.dtype.name, "shape": list(leaf.array.shape)}
-            octets = leaf.octets
-            for start in range(0, max(octets.size, 1), PART_BYTES):
-                part = octets[start : start + PART_BYTES]
-                send(Frame(kind="weights_part", fields=about | {"offset": start}, arrays=[part]))
-        whole = transfer_digest(version, {name: leaf.digest for name, leaf in leaves.items()})
-        send(Frame(kind="weights_end", fields={"version": version, "digest": whole}))
-
-    def _on_staged(self, frame: Frame) -> None:
-        """The server has read a transfer, and says whether it was sound."""
-        version, is_sound = read_int(frame.fields, "version"), read_bool(frame.fields, "is_sound")
-        with self._changed:
-            if version != self._awaited:
-                raise FrameError(f"version = {version} was not sent, but {self._awaited}")
-            self._awaited = None
-            if is_sound:
-                self.has_frozen, self._staged_version, self._num_failures = True, version, 0
-            else:
-                self._num_failures += 1
-            self._changed.notify_all()
-        if not is_sound:
-            self._store.count_fault("digest")
-            _LOG.error("%s: version %d arrived damaged", self.name, version)
-            if self._num_failures == _MOST_FAILURES:
-                raise FrameError(f"{_MOST_FAILURES} transfers in a row arrived damaged")
-
     def _on_swapped(self, frame: Frame) -> None:
         version = read_int(frame.fields, "version")
-        with self._changed:
-            if not self.acknowledged_version < version <= self._staged_version:
+        with self._store.changed:
+            newest = self._newest_possible()
+            if not self.acknowledged_version < version <= newest:
                 raise FrameError(
                     f"version = {version} is swapped in, after {self.acknowledged_version}; "
-                    f"{self._staged_version} is staged"
+                    f"{newest} is {'published' if self.is_held else 'staged'}"
                 )
-            self.pulled_version = version
             if self.is_over:
                 return
+            self._require_current(version)
+            self.pulled_version = version
         self._store.acknowledge(self, version)
 
-    def _on_refused(self, frame: Frame) -> None:
-        raise FrameError(f"the server refuses the weights: {read_text(frame.fields, 'text')}")
+    def _on_orphaned(self, frame: Frame) -> None:
+        """The server has lost the one that its weights came from.
+
+        What it has staged from there, -1 for nothing, was complete: it has all that never changes.
+        """
+        version = read_int(frame.fields, "version", least=-1)
+        with self._store.changed:
+            if self.is_over:
+                return
+            if not self.is_held or not self.acknowledged_version <= version:
+                raise FrameError(f"version = {version} is left without a source that it had")
+            if version >= 0:
+                self._require_current(version)
+            self.has_frozen, self.staged_version = version >= 0, version
+            self.is_held = False
+            self._store.changed.notify_all()
+        self._store.count_fault("parent")
+        _LOG.warning("%s: gets its weights from the learner from now on", self.name)
+
+    def _newest_possible(self) -> int:
+        """The newest version that it may have."""
+        if not self.is_held:
+            return self.staged_version
+        newest = self._store.newest
+        return -1 if newest is None else newest.version
+
+    def _require_current(self, version: int) -> None:
+        if not self._store.is_current(version):
+            raise FrameError(f"version = {version} was not published, or is older than all in use")
 
 
 class _LocalSubscription(Account, WeightSubscription):

@@ -102,6 +102,11 @@ class AccountingStore(WeightStore):
             self._require_free(account.name)
             self._accounts[account.name] = account
 
+    def is_current(self, version: int) -> bool:
+        """Whether a version was published and is no older than what all servers have in use."""
+        with self.changed:
+            return version in self._staged_s or version == self._acknowledged_version
+
     def close_account(self, account: Account) -> None:
         """Waits for a subscription no longer. Closing twice changes nothing."""
         with self.changed:

@@ -40,7 +40,10 @@ def synchronous(tmp_path_factory: pytest.TempPathFactory) -> RunProcess:
     return RunProcess(tmp_path_factory.mktemp("local"), *SYNCHRONOUS).expect(0)
 
 
-@pytest.mark.parametrize("kind", ["processes", pytest.param("ray", marks=pytest.mark.ray)])
+KINDS = ["processes", pytest.param("ray", marks=pytest.mark.ray)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_several_processes_compute_what_one_does(
     tmp_path: pathlib.Path, synchronous: RunProcess, kind: str
 ):
@@ -83,8 +86,12 @@ def test_a_killed_process_is_survived(tmp_path: pathlib.Path, name: str, fault_r
 
 
 @pytest.mark.fault(17)
-def test_a_signal_stops_and_the_same_command_goes_on(tmp_path: pathlib.Path, fault_row: FaultRow):
-    run = RunProcess(tmp_path, *SEVERAL)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_signal_stops_and_the_same_command_goes_on(
+    tmp_path: pathlib.Path, kind: str, fault_row: FaultRow
+):
+    several = (*SEVERAL, f"--config.runtime.kind={kind}")
+    run = RunProcess(tmp_path, *several)
     run.until(r"^update +3/")
     asked_s = time.monotonic()
     run.send(signal.SIGTERM)
@@ -96,7 +103,7 @@ def test_a_signal_stops_and_the_same_command_goes_on(tmp_path: pathlib.Path, fau
     fault_row(survived=True, lost=lost(summary), bound_kept=kept, exit_code=3, note=note)
     require_nothing_left(run)
     reached = run.summary()["update"]
-    again = RunProcess(tmp_path, *SEVERAL).expect(0)
+    again = RunProcess(tmp_path, *several).expect(0)
     assert any(f"after update {reached}" in line for line in again.lines)
     assert again.summary()["update"] == 40
 
@@ -111,3 +118,22 @@ def test_nothing_outlives_a_killed_supervisor(tmp_path: pathlib.Path, fault_row:
         wait_for_end(pid)
     require_nothing_left(run)
     fault_row(survived=True)
+
+
+def test_a_killed_parent_leaves_its_child_to_the_learner(tmp_path: pathlib.Path):
+    """Weights go learner -> server_0 -> server_1 -> server_2, until the middle dies."""
+    chain = ("--config.serving.num_servers=3", "--config.runtime.weights_fanout=1")
+    groups = ("--config.simulation.num_groups=4", "--config.learning.num_updates=60")
+    run = RunProcess(tmp_path, *SEVERAL, *groups, *chain)
+    run.until(r"^update +3/")
+    os.kill(processes(run)["server_1"], signal.SIGKILL)
+    run.until(r"server_1 ended \(signal 9\); restart in 0.05 s")
+    run.expect(0)
+    summary = run.summary()
+    assert summary["outcome"] == "finished" and summary["ledger_closes"]
+    assert summary["max_staleness"] <= summary["staleness_bound"]
+    assert summary["last_record"]["faults/restarts/serving"] == 1
+    words = (tmp_path / "logs" / "server_2.out").read_text()
+    turned = re.findall(r"the parent is lost; weights come from the learner, after (\d+)", words)
+    assert [int(version) < 50 for version in turned] == [True], words  # not at the end of the run
+    require_nothing_left(run)

@@ -38,6 +38,8 @@ class Clock:
     def monotonic(self) -> float:
         return self.now_s
 
+    process_time = monotonic
+
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:

@@ -184,6 +184,22 @@ def test_blocks_become_spans(clock, tmp_path):
     assert spans == [("wait", 0.0, 2e6, {"on": "trajectories"}), ("train", 2e6, 1e6, None)]
 
 
+def test_busy_spans_tell_arguments_and_processor_seconds(clock, tmp_path):
+    tracer, processor = Tracer(clock=clock), FakeClock()
+    meter = ActivityMeter("serving", tracer=tracer, processor_clock=processor)
+    with meter.thread("server"):
+        with meter.waiting("requests"):
+            clock.advance(2.0)
+            processor.advance(9.0)
+        with meter.busy("infer", rows=3):
+            clock.advance(1.0)
+            processor.advance(1.5)
+    tracer.write(tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    spans = [(e["name"], e["args"]) for e in events if e["ph"] == "X"]
+    assert spans == [("wait", {"on": "requests"}), ("infer", {"rows": 3, "cpu_s": 1.5})]
+
+
 def test_misuse_is_refused(meter):
     with pytest.raises(RuntimeError, match=r"outside of ActivityMeter\.thread"), meter.busy("x"):
         pass

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import test_frozen_weights as frozen
 import test_in_process_weights as in_process
+from fault_rows import FaultRow
 from local_connections import TIMEOUT_S, in_thread
 from weight_pair import FarStore, FarSubscription, WeightHost, struct_of
 
-from jaxvla.transport import remote_weights
+from jaxvla.transport import weight_transfers
 from jaxvla.transport.channel import Connection, ConnectionLostError
 from jaxvla.transport.frames import Frame
 from jaxvla.transport.remote_weights import RemoteWeightStore, fetch_to_host
@@ -128,7 +129,7 @@ def odd_params(seed: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("part_bytes", [2**24, 1024])
 def test_every_bit_arrives(monkeypatch: Any, far_stores: Any, part_bytes: int) -> None:
-    monkeypatch.setattr(remote_weights, "PART_BYTES", part_bytes)
+    monkeypatch.setattr(weight_transfers, "PART_BYTES", part_bytes)
     store = far_stores(odd_params(0))
     subscription = store.subscribe("server", ONE)
     for version in range(2):
@@ -230,13 +231,13 @@ def test_a_server_that_finds_damage_twice_is_given_up() -> None:
 
 
 def test_a_wrong_digest_of_the_whole_is_damage_too(monkeypatch: Any) -> None:
-    real, calls = remote_weights.transfer_digest, []
+    real, calls = weight_transfers.transfer_digest, []
 
     def wrong_at_first(version: int, digests: Any) -> str:
         calls.append(version)
         return real(version + (len(calls) == 1), digests)
 
-    monkeypatch.setattr(remote_weights, "transfer_digest", wrong_at_first)
+    monkeypatch.setattr(weight_transfers, "transfer_digest", wrong_at_first)
     store = RemoteWeightStore()
     host = WeightHost(store)
     subscription = subscribe(host, "server", {"w": jnp.ones(3)})
@@ -264,9 +265,9 @@ class Die:
 @pytest.mark.fault(23)
 @pytest.mark.parametrize("at", [0, 1, 4])
 def test_a_server_that_dies_in_a_transfer_leaves_the_others_untouched(
-    monkeypatch: Any, at: int
+    monkeypatch: Any, at: int, fault_row: FaultRow
 ) -> None:
-    monkeypatch.setattr(remote_weights, "PART_BYTES", 32)
+    monkeypatch.setattr(weight_transfers, "PART_BYTES", 32)
     params = in_process.make_params(0)
     acknowledged: list[int] = []
     store = RemoteWeightStore(on_acknowledged=acknowledged.append)
@@ -287,6 +288,7 @@ def test_a_server_that_dies_in_a_transfer_leaves_the_others_untouched(
     back.acknowledge(0)
     assert acknowledged == [0] and store.faults().get("lost", 0) >= 1
     host.close()
+    fault_row(survived=True)
 
 
 def test_publishing_waits_for_no_server_and_a_slow_one_gets_the_newest() -> None:
@@ -356,7 +358,7 @@ def test_frozen_leaves_travel_once_per_server() -> None:
     ],
 )
 def test_other_weights_than_the_servers_are_refused_on_both_sides(
-    caplog: Any, here: Any, message: str
+    caplog: Any, here: Any, message: str, fault_row: FaultRow
 ) -> None:
     store = RemoteWeightStore()
     host = WeightHost(store)
@@ -370,6 +372,7 @@ def test_other_weights_than_the_servers_are_refused_on_both_sides(
     told = [x.getMessage() for x in caplog.records if re.search(message, x.getMessage())]
     assert len(told) == 2, caplog.text
     host.close()
+    fault_row(survived=True)
 
 
 def begin(version: Any = 0, **fields: Any) -> Frame:

@@ -23,6 +23,8 @@ class WeightHost:
     def __init__(self, store: RemoteWeightStore, wrap: Callable[[Connection], Any] = same):
         self.store = store
         self.wrap = wrap
+        self.relayed: set[str] = set()
+        """Servers that get their weights from others."""
         self.has_synced = threading.Semaphore(0)
         self._listener = Listener("127.0.0.1", 0, CONFIG, self._serve)
         self._listener.start()
@@ -30,7 +32,9 @@ class WeightHost:
 
     def _serve(self, connection: Connection) -> None:
         others = {"sync": lambda frame: self.has_synced.release()}
-        self.store.serve(self.wrap(connection), name=connection.peer, others=others)
+        name = connection.peer
+        is_relayed = name in self.relayed
+        self.store.serve(self.wrap(connection), name=name, is_relayed=is_relayed, others=others)
 
     def dial(self, name: str) -> Connection:
         """A connection whose server has subscribed."""
@@ -57,6 +61,8 @@ class FarSubscription:
         self._host = host
         self.connection = host.dial(name)
         self._has_staged = threading.Condition()
+        self._staged_version = -1
+        """Newest that can be pulled, or could."""
         self.remote = RemoteSubscription(
             self.connection, struct, shardings, on_publish=self._notify, **options
         )
@@ -64,13 +70,14 @@ class FarSubscription:
 
     def _notify(self) -> None:
         with self._has_staged:
+            self._staged_version = self.remote._version
             self._has_staged.notify_all()
 
     def settle(self, version: int | None) -> None:
         """Waits until a version is staged, and the store knows."""
         if version is not None:
             with self._has_staged:
-                assert self._has_staged.wait_for(lambda: self.remote._version >= version, TIMEOUT_S)
+                assert self._has_staged.wait_for(lambda: self._staged_version >= version, TIMEOUT_S)
             self._host.sync(self.connection)
 
     def poll(self) -> Any:
