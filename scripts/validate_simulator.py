@@ -1,7 +1,7 @@
 """Is what is simulated what happens? Real runs, held out from the calibration, against predictions.
 
-    python scripts/validate_simulator.py [--config=quickstart] [--num_updates=40] [--repeats=2]
-                                         [--cores=2] [--trial] [--out=FILE]
+    python scripts/validate_simulator.py [--config=configs/quickstart.py] [--num_updates=40]
+                                         [--repeats=2] [--cores=2] [--trial] [--out=FILE]
     python scripts/validate_simulator.py --paper [--out=FILE]
 
 One synchronous run, in which stages run one at a time, gives the samples of all stages. Every
@@ -73,7 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", default="quickstart")
+    parser.add_argument("--config", type=pathlib.Path, default="configs/quickstart.py")
     parser.add_argument("--num_updates", type=int, default=40)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--cores", type=float, default=0.0)
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path)
     options = parser.parse_args()
     report = against_paper() if options.paper else against_runs(options)
-    name = "paper" if options.paper else f"validation_{options.config}"
+    name = "paper" if options.paper else f"validation_{options.config.stem}"
     out = options.out or _ROOT / f"simulator_{name}.json"
     out.write_text(json.dumps(report, indent=2) + "\n")
 
@@ -123,7 +123,7 @@ def against_runs(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "label": "simulated",
         "trial": options.trial,
-        "config": options.config,
+        "config": str(options.config),
         "num_updates": options.num_updates,
         "warmup_updates": NUM_WARMUP,
         "repeats": options.repeats,
@@ -189,7 +189,7 @@ def run(
     options: argparse.Namespace, name: str, repeat: int, overrides: tuple[str, ...]
 ) -> RunFiles:
     """The files of one run, which is made if it is not there."""
-    workdir = options.workdir / f"{options.config}_{name}_{repeat}"
+    workdir = options.workdir / f"{options.config.stem}_{name}_{repeat}"
     if not (workdir / "summary.json").is_file():
         train(options, workdir, (*overrides, f"seed={repeat}"))
     return read_run(workdir)
@@ -198,7 +198,7 @@ def run(
 def train(options: argparse.Namespace, workdir: pathlib.Path, overrides: tuple[str, ...]) -> None:
     """Makes a run in a process of its own."""
     command = [
-        *(sys.executable, "-m", "jaxvla.main", f"--config=configs/{options.config}.py"),
+        *(sys.executable, "-m", "jaxvla.main", f"--config={options.config}"),
         *(f"--workdir={workdir}", f"--config.learning.num_updates={options.num_updates}"),
         "--config.warm_start.num_steps=0",
         "--config.warm_start.num_grounding_steps=0",
