@@ -235,14 +235,14 @@ def test_sigterm_while_saving_leaves_a_complete_checkpoint(
     """The signal comes between the first file of update 2 and the last one."""
     blueprint = make_blueprint(evaluation=NO_EVALUATION, **SYNCHRONOUS)
     run = Run(tmp_path, blueprint)
-    save, asked_s = ocp.CheckpointManager.save, []
+    is_closed, save, asked_s = run.queue_closed(), ocp.CheckpointManager.save, []
 
     def interrupted(manager: Any, step: int, *arguments: Any, **options: Any) -> Any:
         if step == 2 and not asked_s:
             # Not by the thread that saves: signals are for the main thread, which waits.
             asked_s.append(time.monotonic())
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
-            assert run.stop.wait(TIMEOUT_S)
+            assert is_closed.wait(TIMEOUT_S)
         return save(manager, step, *arguments, **options)
 
     monkeypatch.setattr(ocp.CheckpointManager, "save", interrupted)

@@ -136,6 +136,18 @@ class Run:
 
     def stop_after(self, update: int) -> None:
         """Asks for a stop after an update, and holds the learner until it is under way."""
+        is_closed = self.queue_closed()
+
+        def stop(record: Record) -> None:
+            if record["update"] == update:
+                self.stop.set()
+                assert is_closed.wait(TIMEOUT_S)
+
+        self.screen.on_update = stop
+
+    def queue_closed(self) -> threading.Event:
+        """Set once a stop is under way: the runtime looks for requests only now and then, and a
+        learner that is not held until then makes further updates."""
         queue, is_closed = self.controller._queue, threading.Event()
         close = queue.close
 
@@ -143,13 +155,8 @@ class Run:
             close(reason)
             is_closed.set()
 
-        def stop(record: Record) -> None:
-            if record["update"] == update:
-                self.stop.set()
-                assert is_closed.wait(TIMEOUT_S)
-
         queue.close = closing
-        self.screen.on_update = stop
+        return is_closed
 
     @property
     def lines(self) -> list[str]:
